@@ -1,0 +1,293 @@
+"""Ready optimizers: which leaves are projected, what runs there, and the step size."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import optax
+
+from ngalore_jax.low_rank import low_rank
+from ngalore_jax.matrices import (
+    Side,
+    WeightDimensionNumbers,
+    resolve_dimension_numbers,
+)
+from ngalore_jax.moments import scale_by_subspace_adam
+from ngalore_jax.natural import scale_by_natural_gradient
+from ngalore_jax.projection import finite_or_zero
+from ngalore_jax.projectors import Projector, svd
+from ngalore_jax.residual import Residual
+from ngalore_jax.subspace import AtRefresh
+
+PAPER: Mapping[str, Any] = MappingProxyType(
+    dict(
+        update_proj_gap=200,
+        scale=0.25,
+        history=20,
+        damping=1e-3,
+        eps=1e-6,
+        projector=svd(),
+        residual=None,
+        history_at_refresh="keep",
+        moments_at_refresh="keep",
+    )
+)
+"""Settings that reproduce the published method: ``natural_galore(lr, rank, **PAPER)``.
+
+Exact SVD, nothing carried over a refresh, the gradient outside the subspace dropped
+(arXiv 2410.16029, section 4; its learning rate is 0.01 with 10 % warmup).
+"""
+
+
+def natural_galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: jax.typing.ArrayLike = 0.25,
+    history: int = 20,
+    damping: jax.typing.ArrayLike = 1e-3,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    projector: Projector | None = None,
+    residual: Residual | float | None = 2.0,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    *,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    history_at_refresh: AtRefresh = "rotate",
+    moments_at_refresh: AtRefresh = "rotate",
+    relative_damping: bool = False,
+    history_dtype: jax.typing.DTypeLike | None = None,
+    side: Side = "smaller",
+    clip_rank: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Natural GaLore: Adam on the natural gradient in a low-rank subspace.
+
+    Each projected matrix goes through :func:`ngalore_jax.low_rank` with
+    :func:`ngalore_jax.scale_by_natural_gradient` and
+    :func:`ngalore_jax.scale_by_subspace_adam` inside:
+
+    .. math::
+      R &= P^\top G, \quad S = (\lambda I + H H^\top)^{-1} R, \quad
+        N = \mathrm{Adam}(S) \\
+      W &\leftarrow W - \eta \left(\alpha\,(P N + (G - P R)\,\mathrm{diag}(d))
+        + \omega W\right)
+
+    All other leaves take Adam. Departures from the paper, each an argument and all
+    undone by ``**PAPER``: moments and history follow the basis at a refresh, the basis
+    comes from subspace iteration, and the gradient outside the subspace is put back
+    (the :math:`d` term).
+
+    Args:
+      learning_rate: :math:`\eta`, a number or an optax schedule.
+      rank: Directions kept of the smaller side of each matrix.
+      update_proj_gap: Steps between refreshes of the basis.
+      scale: :math:`\alpha`, a factor on the update of projected leaves.
+      history: Gradients in the Fisher, the current one included.
+      damping: :math:`\lambda > 0`, in units of squared gradient norms.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: :math:`\omega`, decoupled, on the full parameters.
+      mask: Tree of bools, or a function of the parameters that returns one: which
+        leaves decay. None for all.
+      projector: See :func:`ngalore_jax.low_rank`.
+      residual: Weight of the gradient outside the subspace, a rule such as
+        :func:`ngalore_jax.compensation`, or None to drop it.
+      weight_dimension_numbers: Which leaves are projected, and along which axes. By
+        default all matrices but embeddings, output layers and norms.
+      adam_learning_rate: Learning rate of the leaves that are not projected, None for
+        ``learning_rate``.
+      history_at_refresh: ``"rotate"``, ``"keep"`` or ``"reset"``.
+      moments_at_refresh: ``"rotate"``, ``"keep"`` or ``"reset"``.
+      relative_damping: Whether ``damping`` is relative to the history's mean energy.
+      history_dtype: Storage dtype of the history, None for float32.
+      side: Side of each matrix that is projected.
+      clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
+
+    Returns:
+      An optimizer for ``optax.apply_updates``; ``update`` needs ``params``.
+
+    Raises:
+      TypeError: If ``rank`` or ``history`` is not an int known at trace time.
+      ValueError: If an argument is outside its range, or a rank exceeds a side.
+
+    Memory:
+      ``m r + (2 + s) r n + s^2 + n + 1`` elements a projected matrix, side ``m``
+      projected, and twice the size of any other leaf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, ngalore_jax as ng
+      >>> params = {"w": jnp.zeros((8, 16))}
+      >>> target = jax.random.normal(jax.random.key(0), (8, 16))
+      >>> loss = lambda p: jnp.mean((p["w"] - target) ** 2)
+      >>> tx = ng.natural_galore(0.05, rank=2, update_proj_gap=10)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     return optax.apply_updates(params, updates), state
+      >>> state, before = tx.init(params), loss(params)
+      >>> for _ in range(100):
+      ...     params, state = step(params, state)
+      >>> bool(loss(params) < before / 3)
+      True
+
+    References:
+      Das, Natural GaLore, 2024 (arXiv 2410.16029).
+    """
+    inside = optax.chain(
+        scale_by_natural_gradient(
+            history,
+            damping,
+            relative_damping=relative_damping,
+            at_refresh=history_at_refresh,
+            history_dtype=history_dtype,
+        ),
+        scale_by_subspace_adam(b1, b2, eps, at_refresh=moments_at_refresh),
+    )
+    projected = low_rank(
+        inside,
+        rank,
+        update_proj_gap,
+        scale,
+        projector=projector,
+        residual=residual,
+        weight_dimension_numbers=weight_dimension_numbers,
+        side=side,
+        clip_rank=clip_rank,
+    )
+    return _partitioned(
+        projected,
+        optax.scale_by_adam(b1, b2, eps),
+        weight_dimension_numbers,
+        optax.add_decayed_weights(weight_decay, mask),
+        learning_rate,
+        adam_learning_rate,
+    )
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: jax.typing.ArrayLike = 0.25,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    projector: Projector | None = None,
+    residual: Residual | float | None = None,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    *,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    moments_at_refresh: AtRefresh = "rotate",
+    side: Side = "smaller",
+    clip_rank: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore: Adam in a low-rank subspace of each matrix.
+
+    :func:`natural_galore` without the Fisher, and without a residual unless asked.
+    It takes the place of ``optax.contrib.galore``: ``rank``, ``update_proj_gap`` and
+    ``scale`` mean the same. ``side="larger", projector=svd(),
+    moments_at_refresh="keep", clip_rank=True`` gives its numbers.
+
+    Args:
+      learning_rate: A number or an optax schedule.
+      rank: Directions kept of the smaller side of each matrix.
+      update_proj_gap: Steps between refreshes of the basis.
+      scale: Factor on the update of projected leaves.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: Decoupled weight decay, on the full parameters.
+      mask: Which leaves decay; see :func:`natural_galore`.
+      projector: See :func:`ngalore_jax.low_rank`.
+      residual: See :func:`ngalore_jax.low_rank`.
+      weight_dimension_numbers: See :func:`natural_galore`.
+      adam_learning_rate: Learning rate of the leaves that are not projected, None for
+        ``learning_rate``.
+      moments_at_refresh: ``"rotate"``, ``"keep"`` (as published) or ``"reset"``.
+      side: Side of each matrix that is projected.
+      clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
+
+    Returns:
+      An optimizer for ``optax.apply_updates``; ``update`` needs ``params``.
+
+    Raises:
+      TypeError: If ``rank`` is not an int known at trace time.
+      ValueError: If an argument is outside its range, or a rank exceeds a side.
+
+    Memory:
+      ``m r + 2 r n`` elements a projected matrix, side ``m`` projected.
+
+    Example:
+      >>> import jax.numpy as jnp, ngalore_jax as ng
+      >>> tx = ng.galore(1e-3, rank=2, side="larger")
+      >>> state = tx.init({"w": jnp.zeros((8, 4))})
+      >>> ng.state_report(state)["basis"] == 4 * 8 * 2 + 4  # and a counter
+      True
+
+    References:
+      Zhao et al., GaLore, 2024 (arXiv 2403.03507).
+    """
+    projected = low_rank(
+        scale_by_subspace_adam(b1, b2, eps, at_refresh=moments_at_refresh),
+        rank,
+        update_proj_gap,
+        scale,
+        projector=projector,
+        residual=residual,
+        weight_dimension_numbers=weight_dimension_numbers,
+        side=side,
+        clip_rank=clip_rank,
+    )
+    return _partitioned(
+        projected,
+        optax.scale_by_adam(b1, b2, eps),
+        weight_dimension_numbers,
+        optax.add_decayed_weights(weight_decay, mask),
+        learning_rate,
+        adam_learning_rate,
+    )
+
+
+def _partitioned(
+    projected: optax.GradientTransformation,
+    full_rank: optax.GradientTransformation,
+    weight_dimension_numbers: WeightDimensionNumbers | None,
+    decay: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    adam_learning_rate: optax.ScalarOrSchedule | None,
+) -> optax.GradientTransformationExtraArgs:
+    """``projected`` where a leaf has dimension numbers, ``full_rank`` elsewhere."""
+
+    def labels(params: optax.Params) -> optax.Params:
+        treedef = jax.tree.structure(params)
+        specs = resolve_dimension_numbers(params, weight_dimension_numbers)
+        return treedef.unflatten(
+            ["full_rank" if spec is None else "low_rank" for spec in specs]
+        )
+
+    # As in low_rank: a NaN or an Inf in a leaf's gradient makes it a zero gradient.
+    guard = optax.stateless_with_tree_map(lambda g, _: finite_or_zero(g))
+    if adam_learning_rate is None:
+        step_size = optax.scale_by_learning_rate(learning_rate)
+    else:
+        step_size = optax.partition(
+            {
+                "low_rank": optax.scale_by_learning_rate(learning_rate),
+                "full_rank": optax.scale_by_learning_rate(adam_learning_rate),
+            },
+            labels,
+        )
+    return optax.chain(
+        optax.partition(
+            {"low_rank": projected, "full_rank": optax.chain(guard, full_rank)}, labels
+        ),
+        decay,
+        step_size,
+    )

@@ -1,0 +1,79 @@
+"""What an optimizer state weighs, in total and by part."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ngalore_jax.low_rank import LowRankState
+from ngalore_jax.natural import NaturalGradientState
+
+
+def state_bytes(tree: Any) -> int:
+    """Bytes of all arrays in a tree, over all devices, a replica counted once.
+
+    Args:
+      tree: Any tree of arrays or ``jax.ShapeDtypeStruct``, as from
+        ``jax.eval_shape(tx.init, params)``.
+
+    Example:
+      >>> import jax, ngalore_jax as ng, optax
+      >>> params = {"w": jax.ShapeDtypeStruct((512, 2048), "float32")}
+      >>> ng.state_bytes(jax.eval_shape(optax.adam(1e-3).init, params))
+      8388612
+      >>> ng.state_bytes(jax.eval_shape(ng.galore(1e-3, rank=128).init, params))
+      2359308
+    """
+    return sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def state_report(state: optax.OptState) -> dict[str, int]:
+    """Bytes of an optimizer state by part.
+
+    Args:
+      state: State of any optax transformation, however nested, or its
+        ``jax.eval_shape``.
+
+    Returns:
+      Bytes of ``basis`` (the projectors), ``history`` (gradients and Gram matrices of
+      the natural gradient), ``moments`` (everything else of the transform run inside
+      :func:`ngalore_jax.low_rank`), ``residual`` (the rule for the gradient outside the
+      subspace) and ``unprojected`` (whatever lies outside ``low_rank``: the moments of
+      embeddings and norms, counters). They add up to :func:`state_bytes`.
+
+    Example:
+      >>> import jax, ngalore_jax as ng
+      >>> params = {"w": jax.ShapeDtypeStruct((512, 2048), "float32")}
+      >>> tx = ng.natural_galore(1e-3, rank=32, history=20)
+      >>> for part, size in ng.state_report(jax.eval_shape(tx.init, params)).items():
+      ...     print(part, size)
+      basis 65540
+      history 5244484
+      moments 524292
+      residual 8196
+      unprojected 4
+    """
+    report = dict.fromkeys(
+        ("basis", "history", "moments", "residual", "unprojected"), 0
+    )
+
+    def is_low_rank(node: Any) -> bool:
+        return isinstance(node, LowRankState)
+
+    def is_history(node: Any) -> bool:
+        return isinstance(node, NaturalGradientState)
+
+    for node in jax.tree.leaves(state, is_leaf=is_low_rank):
+        if not is_low_rank(node):
+            report["unprojected"] += state_bytes(node)
+            continue
+        report["basis"] += state_bytes((node.projector, node.count))
+        report["residual"] += state_bytes(node.residual)
+        for part in jax.tree.leaves(node.inner, is_leaf=is_history):
+            report["history" if is_history(part) else "moments"] += state_bytes(part)
+    return report

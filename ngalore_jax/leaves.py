@@ -1,0 +1,163 @@
+"""How one leaf goes through ``low_rank``: state shapes, shardings and stages.
+
+Both kinds of leaf answer the same calls, so the tree code asks no questions. The
+maths is in :mod:`ngalore_jax.projection`; here it meets shapes and shardings.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ngalore_jax import projection, sharding
+from ngalore_jax.matrices import MatrixView, work_dtype
+from ngalore_jax.projectors import Projector
+from ngalore_jax.residual import Residual
+
+_NOTHING = optax.MaskedNode()
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectedLeaf:
+    """A leaf seen as matrices, one side of which is projected.
+
+    Attributes:
+      view: The leaf as ``(*batch, m, n)``.
+      projector: What refreshes its basis.
+      residual: Rule for the gradient outside the subspace, or None.
+      basis_dtype: Storage dtype of the basis, None for the work dtype.
+    """
+
+    view: MatrixView
+    projector: Projector
+    residual: Residual | None
+    basis_dtype: jax.typing.DTypeLike | None
+
+    def basis(self, leaf: Any) -> jax.Array:
+        """First basis: the leading columns of the identity, ``(*batch, m, r)``."""
+        shape = (*self.view.batch_shape, self.view.m, self.view.rank)
+        dtype = work_dtype(leaf) if self.basis_dtype is None else self.basis_dtype
+        return sharding.eye(shape, dtype, self._specs(leaf).basis)
+
+    def low(self, leaf: Any) -> jax.Array:
+        """Zeros like the projected gradient, ``(*batch, r, n)``."""
+        shape = (*self.view.batch_shape, self.view.rank, self.view.n)
+        return sharding.zeros(shape, work_dtype(leaf), self._specs(leaf).low)
+
+    def energy(self, leaf: Any) -> jax.Array | optax.MaskedNode:
+        """Residual state, ``(*batch, n)``."""
+        if self.residual is None:
+            return _NOTHING
+        shape = (*self.view.batch_shape, self.view.n)
+        return sharding.zeros(shape, work_dtype(leaf), self._specs(leaf).columns)
+
+    def norm(self, leaf: Any) -> jax.Array | optax.MaskedNode:
+        """Residual state, ``(*batch,)``."""
+        if self.residual is None:
+            return _NOTHING
+        specs = self._specs(leaf)
+        return sharding.zeros(self.view.batch_shape, work_dtype(leaf), specs.batch)
+
+    def no_rotation(self, leaf: Any) -> jax.Array:
+        """Stands for the rotation where there is no refresh, ``(*batch, r, r)``."""
+        shape = (*self.view.batch_shape, self.view.rank, self.view.rank)
+        return sharding.zeros(shape, work_dtype(leaf), self._specs(leaf).basis)
+
+    def refresh(
+        self, gradient: jax.Array, basis: jax.Array, count: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """New basis and the rotation into it."""
+        fn = functools.partial(
+            projection.refresh_basis, view=self.view, projector=self.projector
+        )
+        spec = self._specs(gradient).basis
+        return sharding.pinned(fn, (spec, spec))(gradient, basis, count)
+
+    def project(
+        self, gradient: jax.Array, basis: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Projected gradient, and which matrices are finite ``(*batch, 1, 1)``."""
+        fn = functools.partial(projection.project, view=self.view)
+        specs = self._specs(gradient)
+        return sharding.pinned(fn, (specs.low, specs.basis))(gradient, basis)
+
+    def project_back(
+        self,
+        gradient: jax.Array,
+        basis: jax.Array,
+        low: jax.Array,
+        finite: jax.Array,
+        direction: jax.Array,
+        energy: jax.Array | optax.MaskedNode,
+        norm: jax.Array | optax.MaskedNode,
+        count: jax.Array,
+        scale: jax.typing.ArrayLike,
+    ) -> tuple[jax.Array, Any, Any]:
+        """Update in the leaf's shape and dtype, and the residual's new state."""
+        scale = jnp.asarray(scale, low.dtype)
+        full = sharding.spec_of(gradient)
+        if self.residual is None:
+            fn = functools.partial(projection.project_back, view=self.view)
+            update = sharding.pinned(fn, full)(direction, basis, scale)
+        else:
+            fn = functools.partial(
+                projection.project_back_with_residual,
+                view=self.view,
+                residual=self.residual,
+            )
+            specs = self._specs(gradient)
+            update, energy, norm = sharding.pinned(
+                fn, (full, specs.columns, specs.batch)
+            )(direction, basis, gradient, low, finite, energy, norm, count, scale)
+        return update.astype(gradient.dtype), energy, norm
+
+    def _specs(self, leaf: Any) -> sharding.LeafSpecs:
+        return sharding.leaf_specs(self.view, leaf)
+
+
+class FullRankLeaf:
+    """A leaf that reaches the inner transform as it is."""
+
+    def basis(self, leaf: Any) -> optax.MaskedNode:
+        """Nothing."""
+        return _NOTHING
+
+    energy = norm = basis
+
+    def low(self, leaf: Any) -> Any:
+        """The leaf itself."""
+        return leaf
+
+    def no_rotation(self, leaf: Any) -> None:
+        """None: there is no basis to rotate."""
+        return None
+
+    def refresh(
+        self, gradient: jax.Array, basis: optax.MaskedNode, count: jax.Array
+    ) -> tuple[optax.MaskedNode, None]:
+        """Nothing to refresh."""
+        return basis, None
+
+    def project(
+        self, gradient: jax.Array, basis: optax.MaskedNode
+    ) -> tuple[jax.Array, None]:
+        """The gradient, or zero if it is not finite."""
+        return projection.finite_or_zero(gradient), None
+
+    def project_back(
+        self,
+        gradient: jax.Array,
+        basis: optax.MaskedNode,
+        low: jax.Array,
+        finite: None,
+        direction: jax.Array,
+        energy: optax.MaskedNode,
+        norm: optax.MaskedNode,
+        count: jax.Array,
+        scale: jax.typing.ArrayLike,
+    ) -> tuple[jax.Array, optax.MaskedNode, optax.MaskedNode]:
+        """The direction, unscaled."""
+        return direction.astype(gradient.dtype), energy, norm

@@ -1,0 +1,237 @@
+r"""Any optax transformation, run on gradients projected to a low-rank subspace.
+
+====================================  =============  ==============================
+papers (2403.03507, 2410.16029)       here           shape, for one matrix
+====================================  =============  ==============================
+:math:`G_t`                           ``gradient``   ``(m, n)``
+:math:`P_t`                           ``basis``      ``(m, r)``, orthonormal columns
+:math:`R_t = P_t^\top G_t`            ``low``        ``(r, n)``
+:math:`N_t`                           ``direction``  ``(r, n)``, what ``inner`` returns
+:math:`T`                             ``update_proj_gap``  steps
+:math:`\alpha`                        ``scale``      scalar
+====================================  =============  ==============================
+"""
+
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ngalore_jax.leaves import FullRankLeaf, ProjectedLeaf
+from ngalore_jax.matrices import (
+    Side,
+    WeightDimensionNumbers,
+    matrix_view,
+    resolve_dimension_numbers,
+)
+from ngalore_jax.projectors import Projector, subspace_iteration
+from ngalore_jax.residual import Residual, ResidualState, compensation
+from ngalore_jax.subspace import SubspaceChange, when
+
+
+class LowRankState(NamedTuple):
+    """State of :func:`low_rank`; a leaf not projected holds ``MaskedNode()``."""
+
+    count: jax.Array  # () int32
+    projector: optax.Updates  # (..., m, r) basis_dtype, orthonormal columns
+    inner: optax.OptState  # of inner, on leaves of shape (..., r, n)
+    residual: ResidualState  # no arrays without a residual
+
+
+def low_rank(
+    inner: optax.GradientTransformation,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: jax.typing.ArrayLike = 1.0,
+    *,
+    projector: Projector | None = None,
+    residual: Residual | float | None = None,
+    weight_dimension_numbers: WeightDimensionNumbers | None = None,
+    side: Side = "smaller",
+    clip_rank: bool = False,
+    basis_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Runs ``inner`` in a low-rank subspace of each matrix.
+
+    For every projected matrix :math:`G` (``m x n``, side ``m`` projected):
+
+    .. math::
+      P &\leftarrow \mathrm{projector}(G, P)
+        \quad\text{if } t \bmod T = 0,\ t = 0, 1, \dots \\
+      R &= P^\top G, \qquad N = \mathrm{inner}(R) \\
+      U &= \alpha\,(P N + (G - P R)\,\mathrm{diag}(d))
+
+    where the last term is there only with ``residual``. The first refresh is at count
+    0, from the gradient. Leaves that are not projected reach ``inner`` as they are and
+    leave it unscaled.
+
+    A matrix whose gradient holds a NaN or an Inf counts as having a zero gradient in
+    that step: it is not refreshed, ``inner`` sees zeros, and its update is what
+    ``inner`` makes of zeros (with Adam, the momentum's next step). A zero gradient at
+    a refresh likewise keeps the old basis. Other matrices are unaffected, also those
+    stacked in the same leaf. To skip the whole step instead, wrap in
+    ``optax.apply_if_finite``.
+
+    Args:
+      inner: Transformation of the projected gradients that needs no parameters. It is
+        handed the extra argument ``subspace_change``
+        (:class:`ngalore_jax.SubspaceChange`), which optax's own ignore.
+      rank: Directions kept, ``r``.
+      update_proj_gap: Steps between refreshes, ``T``, as in ``optax.contrib.galore``.
+      scale: :math:`\alpha`, a factor on the update of projected leaves.
+      projector: One of :func:`ngalore_jax.subspace_iteration` (None means this),
+        :func:`~ngalore_jax.svd`, :func:`~ngalore_jax.eigh`,
+        :func:`~ngalore_jax.gaussian`, or a function like them.
+      residual: Rule that puts the gradient outside the subspace back,
+        :func:`ngalore_jax.compensation`; a number is the weight of that rule; None
+        drops it, as GaLore does.
+      weight_dimension_numbers: Which leaves are projected, along which axes: see
+        :func:`ngalore_jax.default_dimension_numbers`, the default, and
+        :class:`ngalore_jax.MatrixDimensionNumbers`. A spec, a tree or a function.
+      side: Which side of a matrix is projected: ``"smaller"`` (a tie: the left one),
+        ``"larger"`` (a tie: the left one, as ``optax.contrib.galore``), ``"left"``
+        (the reduction side) or ``"right"`` (the output side).
+      clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
+      basis_dtype: Storage dtype of the bases; None for float32 (float64 leaves:
+        float64).
+
+    Returns:
+      A transformation. ``update`` takes the extra argument ``refresh``: None decides
+      by the count inside one program, a Python bool compiles the steady step (False)
+      or the refresh step (True) alone; the caller then keeps the schedule.
+
+    Shapes:
+      ``inner`` sees ``(*batch, r, n)`` float32 (float64 for float64 leaves) for a
+      projected leaf. Updates have the shape and dtype of the gradients.
+
+    Raises:
+      TypeError: If ``rank`` is not an int known at trace time.
+      ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``side`` is unknown, or,
+        at ``init``, a rank exceeds a side or axes do not fit a leaf.
+
+    Memory:
+      ``m r`` elements a matrix, ``n + 1`` with a residual, and ``inner``'s state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, ngalore_jax as ng
+      >>> tx = ng.low_rank(optax.trace(0.9), rank=1, update_proj_gap=10)
+      >>> g = jnp.outer(jnp.array([3.0, 4.0]), jnp.array([1.0, 0.0, 0.0]))
+      >>> updates, state = tx.update(g, tx.init(g))
+      >>> print(jnp.rint(updates), state.projector.shape)  # rank one: kept whole
+      [[3. 0. 0.]
+       [4. 0. 0.]] (2, 1)
+
+    References:
+      Zhao et al., GaLore, 2024 (arXiv 2403.03507), algorithm 2.
+    """
+    _check_arguments(rank, update_proj_gap, side)
+    inner = optax.with_extra_args_support(inner)
+    projector = subspace_iteration() if projector is None else projector
+    if residual is not None and not isinstance(residual, Residual):
+        residual = compensation(residual)
+
+    def plan(tree: optax.Params) -> list[ProjectedLeaf | FullRankLeaf]:
+        """How each leaf is treated; from paths and shapes alone."""
+        specs = resolve_dimension_numbers(tree, weight_dimension_numbers)
+        return [
+            FullRankLeaf()
+            if spec is None
+            else ProjectedLeaf(
+                matrix_view(leaf.shape, spec, rank, side, clip_rank),
+                projector,
+                residual,
+                basis_dtype,
+            )
+            for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True)
+        ]
+
+    def init(params: optax.Params) -> LowRankState:
+        leaves, treedef = jax.tree.flatten(params)
+        plans = list(zip(plan(params), leaves, strict=True))
+        tree = treedef.unflatten
+        return LowRankState(
+            count=jnp.zeros([], jnp.int32),
+            projector=tree([how.basis(p) for how, p in plans]),
+            inner=inner.init(tree([how.low(p) for how, p in plans])),
+            residual=ResidualState(
+                energy=tree([how.energy(p) for how, p in plans]),
+                norm=tree([how.norm(p) for how, p in plans]),
+            ),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: LowRankState,
+        params: optax.Params | None = None,
+        *,
+        refresh: bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, LowRankState]:
+        del params
+        gradients, treedef = jax.tree.flatten(updates)
+        how = plan(updates)
+        tree, leaves_of = treedef.unflatten, treedef.flatten_up_to
+        count = state.count
+
+        due = count % update_proj_gap == 0 if refresh is None else refresh
+        bases, rotations = when(
+            due,
+            lambda old: _transpose(
+                2, [h.refresh(g, p, count) for h, g, p in zip(how, gradients, old[0])]
+            ),
+            (
+                leaves_of(state.projector),
+                [h.no_rotation(g) for h, g in zip(how, gradients)],
+            ),
+        )
+        lows, finite = _transpose(
+            2, [h.project(g, p) for h, g, p in zip(how, gradients, bases)]
+        )
+        directions, inner_state = inner.update(
+            tree(lows),
+            state.inner,
+            subspace_change=SubspaceChange(due, tree(rotations)),
+            **extra_args,
+        )
+        columns = zip(
+            gradients,
+            bases,
+            lows,
+            finite,
+            leaves_of(directions),
+            leaves_of(state.residual.energy),
+            leaves_of(state.residual.norm),
+        )
+        out, energy, norm = _transpose(
+            3, [h.project_back(*c, count, scale) for h, c in zip(how, columns)]
+        )
+        return tree(out), LowRankState(
+            count=optax.safe_increment(count),
+            projector=tree(bases),
+            inner=inner_state,
+            residual=ResidualState(tree(energy), tree(norm)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _transpose(width: int, rows: list[tuple[Any, ...]]) -> tuple[list[Any], ...]:
+    """Rows of ``width`` to that many columns, also where there is no row."""
+    return tuple([row[i] for row in rows] for i in range(width))
+
+
+def _check_arguments(rank: Any, update_proj_gap: Any, side: str) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(
+            f"rank must be an int known at trace time, got {type(rank).__name__}; with "
+            "optax.inject_hyperparams add 'rank' to static_args."
+        )
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}.")
+    if isinstance(update_proj_gap, int | float) and update_proj_gap < 1:
+        raise ValueError(f"update_proj_gap must be at least 1, got {update_proj_gap}.")
+    if side not in get_args(Side):
+        raise ValueError(
+            f"side must be one of {', '.join(get_args(Side))}, got {side!r}."
+        )

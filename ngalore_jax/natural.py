@@ -1,0 +1,274 @@
+r"""The natural gradient of a stream of gradients, by its last few members.
+
+=========================  ==========  =========================================
+paper (arXiv 2410.16029)   here        shape, for one matrix
+=========================  ==========  =========================================
+:math:`g_t`                ``g``       ``(r, n)``, the gradient as it comes in
+:math:`G` (Eq. 9)          ``history`` ``(s, r, n)``, the last ``s`` gradients
+:math:`G^\top G`           ``gram``    ``(s, s)``
+:math:`\lambda`            ``damping`` scalar
+=========================  ==========  =========================================
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ngalore_jax import sharding
+from ngalore_jax.matrices import work_dtype
+from ngalore_jax.subspace import AtRefresh, SubspaceChange, check_at_refresh, when
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class NaturalGradientState(NamedTuple):
+    """State of :func:`scale_by_natural_gradient`."""
+
+    count: jax.Array  # () int32
+    history: optax.Updates  # (..., s, r, n) history_dtype, a ring buffer over s
+    gram: optax.Updates  # (..., s, s) float32 (float64 for float64 leaves)
+
+
+def scale_by_natural_gradient(
+    history: int = 20,
+    damping: jax.typing.ArrayLike = 1e-3,
+    *,
+    relative_damping: bool = False,
+    at_refresh: AtRefresh = "rotate",
+    history_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Preconditions by the inverse empirical Fisher of the last gradients.
+
+    With the last :math:`s` gradients as the columns of :math:`H`, slot :math:`i`
+    holding the current one :math:`g = H e_i`, the damped empirical Fisher is
+    :math:`F = \lambda I + H H^\top`, and since
+    :math:`(\lambda I + H H^\top) H = H (\lambda I + H^\top H)`,
+
+    .. math::
+      K &= H^\top H \quad\text{(one row and column replaced a step)} \\
+      (\lambda I + K)\, w &= e_i \\
+      F^{-1} g &= H w .
+
+    In words: the part of the gradient that the last :math:`s - 1` gradients did not
+    predict, divided by its own energy.
+
+    Departures from the paper: it evaluates Woodbury's form
+    :math:`g/\lambda - H (\lambda I + K)^{-1} H^\top g/\lambda` (its Eq. 12), equal in
+    exact arithmetic, which subtracts two numbers of size :math:`1/\lambda`. The
+    damping here is never below the rounding of :math:`K`,
+    :math:`s\,\epsilon \max_j K_{jj}`, so that the Cholesky factor exists.
+
+    Each matrix (the last two axes of a leaf; axes in front are batch) has a Fisher
+    of its own. A leaf of fewer dimensions is one vector.
+
+    Args:
+      history: Number of gradients kept, the current one included; at least 1.
+      damping: :math:`\lambda > 0`, in units of squared gradient norms, or relative.
+      relative_damping: Whether ``damping`` is in units of the mean of the non-zero
+        diagonal of :math:`K`. The result is then independent of the gradient's scale
+        up to its own; an absolute damping far above :math:`\|g\|^2` returns
+        :math:`g / \lambda`.
+      at_refresh: What happens to the history when ``low_rank`` moves the basis:
+        ``"rotate"`` carries it over (:math:`H_j \leftarrow P_{new}^\top P_{old} H_j`),
+        ``"keep"`` leaves it as it is (the published code), ``"reset"`` empties it.
+      history_dtype: Storage dtype of the history; None stores it as it comes in.
+
+    Returns:
+      A transformation. Inside :func:`ngalore_jax.low_rank` it receives the extra
+      argument ``subspace_change``; elsewhere there is none.
+
+    Raises:
+      TypeError: If ``history`` is not an int (under ``optax.inject_hyperparams``
+        name it in ``static_args``).
+      ValueError: If ``history`` is below 1, or a concrete ``damping`` is not positive.
+
+    Memory:
+      ``s r n + s^2`` elements a matrix.
+
+    Example:
+      >>> import jax.numpy as jnp, ngalore_jax as ng
+      >>> tx = ng.scale_by_natural_gradient(history=2, damping=1.0)
+      >>> g = jnp.array([3.0, 4.0])
+      >>> updates, state = tx.update(g, tx.init(g))
+      >>> print(jnp.rint(updates * 26))  # F^{-1} g = g / (1 + |g|^2)
+      [3. 4.]
+    """
+    if isinstance(history, bool) or not isinstance(history, int):
+        raise TypeError(
+            "history must be an int known at trace time, got "
+            f"{type(history).__name__}; with optax.inject_hyperparams add 'history' to "
+            "static_args."
+        )
+    if history < 1:
+        raise ValueError(f"history must be at least 1, got {history}.")
+    if isinstance(damping, int | float) and not damping > 0:
+        raise ValueError(
+            f"damping must be positive, got {damping}: without it the Fisher of a few "
+            "gradients has no inverse."
+        )
+    check_at_refresh("at_refresh", at_refresh)
+
+    def init(params: optax.Params) -> NaturalGradientState:
+        return NaturalGradientState(
+            jnp.zeros([], jnp.int32),
+            jax.tree.map(lambda p: _zero_history(p, history, history_dtype), params),
+            jax.tree.map(lambda p: _zero_gram(p, history), params),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: NaturalGradientState,
+        params: optax.Params | None = None,
+        *,
+        subspace_change: SubspaceChange | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, NaturalGradientState]:
+        del params, extra_args
+        gradients, treedef = jax.tree.flatten(updates)
+        columns = treedef.flatten_up_to(state.history)
+        grams = treedef.flatten_up_to(state.gram)
+        if subspace_change is not None and at_refresh != "keep":
+            rotations = treedef.flatten_up_to(subspace_change.rotation)
+            columns, grams = when(
+                subspace_change.moved,
+                lambda kept: _carry_over(*kept, rotations, at_refresh == "reset"),
+                (columns, grams),
+            )
+        slot = state.count % history
+        step = functools.partial(natural_step, relative_damping=relative_damping)
+        directions = []
+        for i, g in enumerate(gradients):
+            specs = tuple(map(sharding.spec_of, (g, columns[i], grams[i])))
+            direction, columns[i], grams[i] = sharding.pinned(step, specs)(
+                g, columns[i], grams[i], slot, jnp.asarray(damping, grams[i].dtype)
+            )
+            directions.append(direction)
+        return treedef.unflatten(directions), NaturalGradientState(
+            optax.safe_increment(state.count),
+            treedef.unflatten(columns),
+            treedef.unflatten(grams),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def natural_step(
+    g: jax.Array,
+    history: jax.Array,
+    gram: jax.Array,
+    slot: jax.Array,
+    damping: jax.Array,
+    *,
+    relative_damping: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Records ``g`` in ``slot`` and solves for its natural gradient.
+
+    Shapes:
+      ``g`` ``(..., r, n)``, ``history`` ``(..., s, r, n)``, ``gram`` ``(..., s, s)``.
+
+    Returns:
+      ``F^{-1} g`` in the dtype of ``g``, and the new history and Gram matrix.
+    """
+    batch = _batch_axes(g)
+    block = "yz"[: g.ndim - batch]
+    history = jax.lax.dynamic_update_index_in_dim(
+        history, g.astype(history.dtype), slot, axis=batch
+    )
+    current = jax.lax.dynamic_index_in_dim(history, slot, axis=batch, keepdims=False)
+    # K_ij = <H_j, g>, with g as it is stored so that K stays the Gram matrix of H.
+    row = jnp.einsum(
+        f"...s{block},...{block}->...s",
+        history.astype(gram.dtype),
+        current.astype(gram.dtype),
+        precision=_HIGHEST,
+    )
+    gram = jax.lax.dynamic_update_index_in_dim(gram, row, slot, axis=batch)
+    gram = jax.lax.dynamic_update_index_in_dim(gram, row, slot, axis=batch + 1)
+    weights = push_through_weights(gram, slot, damping, relative_damping)
+    direction = jnp.einsum(
+        f"...s{block},...s->...{block}", history.astype(gram.dtype), weights
+    )
+    return direction.astype(g.dtype), history, gram
+
+
+def push_through_weights(
+    gram: jax.Array, slot: jax.Array, damping: jax.Array, relative_damping: bool
+) -> jax.Array:
+    """``w`` ``(..., s)`` of ``(lambda I + K) w = e_slot``, ``K`` ``(..., s, s)``."""
+    s = gram.shape[-1]
+    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    scale = jnp.ones_like(diagonal[..., 0])
+    if relative_damping:
+        filled = jnp.maximum(jnp.sum(diagonal > 0, axis=-1), 1)
+        scale = jnp.sum(diagonal, axis=-1) / filled
+    floor = s * jnp.finfo(gram.dtype).eps * jnp.max(diagonal, axis=-1)
+    ridge = jnp.maximum(damping * scale, floor)
+    # An all-zero history has nothing to damp: any positive ridge returns zero.
+    ridge = jnp.where(ridge > 0, ridge, 1)[..., None, None]
+    identity = jnp.eye(s, dtype=gram.dtype).reshape((1,) * (gram.ndim - 2) + (s, s))
+    factor = jnp.linalg.cholesky(gram + ridge * identity)
+    unit = jnp.broadcast_to(jnp.arange(s) == slot, diagonal.shape).astype(gram.dtype)
+    return jax.scipy.linalg.cho_solve((factor, True), unit[..., None])[..., 0]
+
+
+def rotate_history(
+    history: jax.Array, gram: jax.Array, rotation: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Columns in the new basis, ``H_j <- Q H_j``, and their Gram matrix."""
+    rotated = jnp.einsum(
+        "...qr,...srn->...sqn",
+        rotation,
+        history.astype(rotation.dtype),
+        precision=_HIGHEST,
+    ).astype(history.dtype)
+    exact = rotated.astype(gram.dtype)
+    gram = jnp.einsum("...srn,...trn->...st", exact, exact, precision=_HIGHEST)
+    return rotated, gram
+
+
+def _carry_over(
+    columns: list[jax.Array],
+    grams: list[jax.Array],
+    rotations: list[jax.Array | None],
+    reset: bool,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """History and Gram of every projected leaf after the subspace has moved."""
+    columns, grams = list(columns), list(grams)
+    for i, rotation in enumerate(rotations):
+        if rotation is None:
+            continue
+        if reset:
+            columns[i], grams[i] = jnp.zeros_like(columns[i]), jnp.zeros_like(grams[i])
+            continue
+        specs = (sharding.spec_of(columns[i]), sharding.spec_of(grams[i]))
+        columns[i], grams[i] = sharding.pinned(rotate_history, specs)(
+            columns[i], grams[i], rotation
+        )
+    return columns, grams
+
+
+def _batch_axes(leaf: Any) -> int:
+    return max(len(leaf.shape) - 2, 0)
+
+
+def _zero_history(
+    leaf: Any, history: int, dtype: jax.typing.DTypeLike | None
+) -> jax.Array:
+    b, spec = _batch_axes(leaf), sharding.spec_of(leaf)
+    return sharding.zeros(
+        (*leaf.shape[:b], history, *leaf.shape[b:]),
+        leaf.dtype if dtype is None else dtype,
+        sharding.Spec(*spec[:b], None, *spec[b:]),
+    )
+
+
+def _zero_gram(leaf: Any, history: int) -> jax.Array:
+    b, spec = _batch_axes(leaf), sharding.spec_of(leaf)
+    return sharding.zeros(
+        (*leaf.shape[:b], history, history),
+        work_dtype(leaf),
+        sharding.Spec(*spec[:b], None, None),
+    )

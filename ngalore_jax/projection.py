@@ -1,0 +1,96 @@
+"""Refresh, projection and projection back of one batch of matrices.
+
+Shapes, after :meth:`MatrixView.to_matrix`: gradient ``(..., m, n)``, basis
+``(..., m, r)``, low-rank gradient and direction ``(..., r, n)``.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ngalore_jax.matrices import MatrixView, work_dtype
+from ngalore_jax.projectors import Projector
+from ngalore_jax.residual import Residual
+
+
+def refresh_basis(
+    gradient: jax.Array,
+    basis: jax.Array,
+    count: jax.Array,
+    *,
+    view: MatrixView,
+    projector: Projector,
+) -> tuple[jax.Array, jax.Array]:
+    """New basis from the gradient, and the rotation ``P_new^T P_old`` ``(..., r, r)``.
+
+    A matrix whose gradient is zero or not finite keeps its basis.
+    """
+    matrix = view.to_matrix(gradient).astype(work_dtype(gradient))
+    peak = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    usable = jnp.isfinite(peak) & (peak > 0)
+    # At unit size the projector's squares neither overflow nor vanish.
+    matrix = jnp.where(usable, matrix / jnp.where(usable, peak, 1), 0)
+    old = basis.astype(matrix.dtype)
+    new = projector(matrix, old, count)
+    usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
+    new = jnp.where(usable, new, old)
+    rotation = jnp.einsum(
+        "...mr,...mq->...rq", new, old, precision=jax.lax.Precision.HIGHEST
+    )
+    return new.astype(basis.dtype), rotation
+
+
+def project(
+    gradient: jax.Array, basis: jax.Array, *, view: MatrixView
+) -> tuple[jax.Array, jax.Array]:
+    """``R = P^T G``, and which matrices are finite ``(..., 1, 1)``; zero where not.
+
+    Every entry of ``G`` enters some entry of ``R``, and a NaN or an Inf times
+    anything, zero included, is not finite: looking at the smaller ``R`` is enough.
+    """
+    matrix = view.to_matrix(gradient).astype(work_dtype(gradient))
+    low = jnp.einsum("...mr,...mn->...rn", basis.astype(matrix.dtype), matrix)
+    finite = jnp.all(jnp.isfinite(low), axis=(-2, -1), keepdims=True)
+    return jnp.where(finite, low, 0), finite
+
+
+def project_back(
+    direction: jax.Array, basis: jax.Array, scale: jax.Array, *, view: MatrixView
+) -> jax.Array:
+    """``scale P N`` in the leaf's shape and the direction's dtype."""
+    basis = basis.astype(direction.dtype)
+    return view.from_matrix(jnp.einsum("...mr,...rn->...mn", basis, scale * direction))
+
+
+def project_back_with_residual(
+    direction: jax.Array,
+    basis: jax.Array,
+    gradient: jax.Array,
+    low: jax.Array,
+    finite: jax.Array,
+    energy: jax.Array,
+    norm: jax.Array,
+    count: jax.Array,
+    scale: jax.Array,
+    *,
+    view: MatrixView,
+    residual: Residual,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``scale (P N + (G - P R) diag(d))``, and the rule's new energy and norm."""
+    matrix = view.to_matrix(gradient).astype(low.dtype)
+    matrix = jnp.where(finite, matrix, 0)
+    weights, energy, norm = residual.column_scale(
+        energy,
+        norm,
+        count,
+        jnp.sum(jnp.square(matrix), axis=-2),
+        jnp.sum(jnp.square(low), axis=-2),
+        view.m - view.rank,
+    )
+    weights = weights[..., None, :]
+    inside = project_back(direction - weights * low, basis, scale, view=view)
+    return inside + view.from_matrix(scale * weights * matrix), energy, norm
+
+
+def finite_or_zero(gradient: jax.Array) -> jax.Array:
+    """The gradient, or zeros if any entry of it is a NaN or an Inf."""
+    return jnp.where(jnp.all(jnp.isfinite(gradient)), gradient, 0)

@@ -1,0 +1,146 @@
+"""Bases of the subspace: one function of (gradient, old basis, count) each.
+
+A projector is called at a refresh, inside the compiled step, for one batch of
+matrices:
+
+    projector(gradient, basis, count) -> basis
+
+with ``gradient`` ``(..., m, n)`` float32 (float64 for float64 leaves) scaled so
+that its largest entry is 1, ``basis`` ``(..., m, r)`` the old basis (the first
+``r`` columns of the identity before the first refresh) and ``count`` the int32
+step. It returns orthonormal columns. A zero or non-finite gradient never decides
+a basis: :func:`ngalore_jax.low_rank` keeps the old one then.
+
+====================== ============================ ==============================
+projector              cost of a refresh (FLOP)     follows the old basis
+====================== ============================ ==============================
+``subspace_iteration`` ``4 m n r + O(m r^2)``       yes, column by column
+``svd``                ``O(m n min(m, n))``         no (signs and order may change)
+``eigh``               ``2 m^2 n + O(m^3)``         no
+``gaussian``           ``O(m r^2)``                 no, on purpose
+====================== ============================ ==============================
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Projector = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+# From a Gaussian, this many further iterations reach the leading subspace well
+# enough; later refreshes start from the basis that training already uses.
+_COLD_START_ITERATIONS = 3
+
+
+def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
+    r"""Warm-started subspace iteration, the default projector.
+
+    .. math::
+      P \leftarrow \mathrm{qr}\left(G (G^\top P)\right), \quad R_{jj} > 0
+
+    The sign convention on the triangular factor makes the columns continuous from
+    one refresh to the next. A matrix that has had no refresh yet starts from a
+    Gaussian with three further iterations. Nothing larger than ``(m, r)`` is
+    factorised, which is what compiles in seconds on a TPU.
+
+    Args:
+      iterations: Iterations at each refresh, at least 1.
+      seed: Seed of the Gaussian start, the same for all matrices of one shape.
+
+    Returns:
+      A projector.
+
+    Raises:
+      ValueError: If ``iterations`` is below 1.
+
+    References:
+      Halko et al., Finding structure with randomness, 2011 (arXiv 0909.4061),
+      algorithm 4.4.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}.")
+
+    def refresh(gradient: jax.Array, basis: jax.Array, count: jax.Array) -> jax.Array:
+        del count
+        start = jax.random.normal(jax.random.key(seed), basis.shape[-2:], basis.dtype)
+        untouched = jnp.eye(*basis.shape[-2:], dtype=basis.dtype)
+        batch_ones = (1,) * (basis.ndim - 2)
+        cold = jnp.all(
+            basis == untouched.reshape(batch_ones + untouched.shape),
+            axis=(-2, -1),
+            keepdims=True,
+        )
+        basis = jnp.where(cold, start.reshape(batch_ones + start.shape), basis)
+
+        def iterate(i: jax.Array, basis: jax.Array) -> jax.Array:
+            small = jnp.einsum(
+                "...mn,...mr->...nr", gradient, basis, precision=_HIGHEST
+            )
+            image = jnp.einsum(
+                "...mn,...nr->...mr", gradient, small, precision=_HIGHEST
+            )
+            return jnp.where(cold | (i < iterations), _orthonormal(image), basis)
+
+        extra = jnp.where(jnp.any(cold), _COLD_START_ITERATIONS, 0)
+        return jax.lax.fori_loop(0, iterations + extra, iterate, basis)
+
+    return refresh
+
+
+def svd() -> Projector:
+    """Exact leading left singular vectors, as GaLore (arXiv 2403.03507) takes them.
+
+    Slow on accelerators and slow to compile there: one 512 x 512 matrix takes a TPU
+    compiler about a minute. For references and small models.
+    """
+
+    def refresh(gradient: jax.Array, basis: jax.Array, count: jax.Array) -> jax.Array:
+        del count
+        left, _, _ = jnp.linalg.svd(gradient, full_matrices=False)
+        return left[..., : basis.shape[-1]]
+
+    return refresh
+
+
+def eigh() -> Projector:
+    """Leading eigenvectors of the ``m x m`` Gram matrix ``G G^T``.
+
+    The same subspace as :func:`svd` with the condition number squared: directions
+    below about 3e-4 of the largest singular value are noise in float32.
+    """
+
+    def refresh(gradient: jax.Array, basis: jax.Array, count: jax.Array) -> jax.Array:
+        del count
+        gram = jnp.einsum("...mn,...kn->...mk", gradient, gradient, precision=_HIGHEST)
+        _, vectors = jnp.linalg.eigh(gram)
+        return vectors[..., ::-1][..., : basis.shape[-1]]
+
+    return refresh
+
+
+def gaussian(seed: int = 0) -> Projector:
+    """A random subspace, uniform over all of them, drawn anew at each refresh.
+
+    The columns are those of a Gaussian matrix, orthonormalised. The draw depends on
+    the seed, the step and the matrix's shape only, so matrices of one shape share it.
+
+    Args:
+      seed: Seed of the draws.
+    """
+
+    def refresh(gradient: jax.Array, basis: jax.Array, count: jax.Array) -> jax.Array:
+        del gradient
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        drawn = _orthonormal(jax.random.normal(key, basis.shape[-2:], basis.dtype))
+        return jnp.broadcast_to(drawn, basis.shape)
+
+    return refresh
+
+
+def _orthonormal(x: jax.Array) -> jax.Array:
+    """Orthonormal columns spanning those of ``x``, oriented like them."""
+    q, triangle = jnp.linalg.qr(x)
+    diagonal = jnp.diagonal(triangle, axis1=-2, axis2=-1)[..., None, :]
+    return jnp.where(diagonal < 0, -q, q)

@@ -1,0 +1,118 @@
+r"""The gradient outside the subspace, put back.
+
+What projection drops, ``G - P R``, is a full-rank matrix that needs no state to
+carry. A residual rule gives it one weight a column:
+
+.. math::
+  U = \alpha \left(P N + (G - P R)\, \mathrm{diag}(d)\right)
+
+and :func:`ngalore_jax.low_rank` evaluates that as
+``P (N - R diag(d)) + G diag(d)``: one product with ``P``, no second ``(m, n)``
+temporary. A rule sees column energies only, never the matrices.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Share of a column's energy below which "outside" is rounding of the projection.
+_NOISE_FLOOR = 1e-6
+
+
+class ResidualState(NamedTuple):
+    """What a rule remembers of each projected leaf; ``MaskedNode()`` elsewhere."""
+
+    energy: optax.Updates  # (..., n) float32 (float64 for float64 leaves)
+    norm: optax.Updates  # (...) likewise, the norm of the term added last
+
+
+class Residual(NamedTuple):
+    """A rule for the weight of the gradient outside the subspace.
+
+    Attributes:
+      column_scale: ``(energy, norm, count, total, inside, codimension) -> (d, energy,
+        norm)`` for a batch of matrices. ``energy`` ``(..., n)`` and ``norm`` ``(...)``
+        are the rule's state, zero at first; ``count`` the int32 step; ``total`` and
+        ``inside`` ``(..., n)`` the squared column norms of ``G`` and ``R``;
+        ``codimension`` is ``m - r``. ``d`` has shape ``(..., n)``.
+    """
+
+    column_scale: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def compensation(
+    weight: jax.typing.ArrayLike = 1.0,
+    decay: jax.typing.ArrayLike = 0.999,
+    max_growth: jax.typing.ArrayLike = 1.01,
+) -> Residual:
+    r"""Compensation of Alice (arXiv 2502.07752), with Fira's growth limiter.
+
+    .. math::
+      e_j &= \|G_{:j}\|^2 - \|R_{:j}\|^2 \\
+      p &\leftarrow \beta p + (1 - \beta)\, e, \qquad \hat p = p / (1 - \beta^t) \\
+      C &= \sqrt{m - r}\; (G - P R)\, \mathrm{diag}(\hat p)^{-1/2} \\
+      \phi &\leftarrow \min(\|C\|, \gamma \phi), \qquad
+      d = c\, \phi / \|C\| \cdot \sqrt{(m - r) / \hat p}
+
+    The entries of :math:`C` are about 1, so ``weight`` compares to Adam's step inside
+    the subspace. Departures from the paper: :math:`p` is bias-corrected (it starts
+    30 times too small otherwise), and an energy below 1e-6 of the column's counts
+    as 1e-6, so that rounding of a gradient that lies in the subspace is not amplified.
+
+    Args:
+      weight: :math:`c`, at least 0. The paper uses 0.4.
+      decay: :math:`\beta`, in [0, 1).
+      max_growth: :math:`\gamma`, how much the norm of the added term may grow in a
+        step, as a factor above 1.
+
+    Returns:
+      A rule for ``low_rank(..., residual=...)``.
+
+    Raises:
+      ValueError: If a number is outside its range.
+
+    Memory:
+      ``n + 1`` elements a matrix.
+
+    References:
+      Gong et al., 2025 (arXiv 2502.07752), section 4.3; Chen et al., Fira, 2024
+      (arXiv 2410.01623), equation 8.
+    """
+    _check("weight", weight, lambda x: x >= 0, "at least 0")
+    _check("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
+    _check("max_growth", max_growth, lambda x: x > 1, "above 1")
+
+    def column_scale(
+        energy: jax.Array,
+        norm: jax.Array,
+        count: jax.Array,
+        total: jax.Array,
+        inside: jax.Array,
+        codimension: int,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        outside = jnp.maximum(total - inside, 0)
+        energy = decay * energy + (1 - decay) * outside
+        corrected = energy / (1 - decay ** (count + 1))
+        denominator = corrected + _NOISE_FLOOR * total
+        inverse = jnp.where(
+            denominator > 0, codimension / jnp.where(denominator > 0, denominator, 1), 0
+        )
+        added = jnp.sqrt(jnp.sum(outside * inverse, axis=-1))
+        limit = jnp.where(norm > 0, max_growth * norm, added)
+        limited = jnp.minimum(added, limit)
+        shrink = jnp.where(added > 0, limited / jnp.where(added > 0, added, 1), 0)
+        # A step without a gradient says nothing about how large the term may be.
+        norm = jnp.where(added > 0, limited, norm)
+        return weight * shrink[..., None] * jnp.sqrt(inverse), energy, norm
+
+    return Residual(column_scale)
+
+
+def _check(
+    name: str, value: jax.typing.ArrayLike, ok: Callable[[float], bool], needed: str
+) -> None:
+    if isinstance(value, int | float) and not ok(value):
+        raise ValueError(f"{name} must be {needed}, got {value}.")

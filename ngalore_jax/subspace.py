@@ -1,0 +1,38 @@
+"""What a state that lives in the subspace does when the subspace moves."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import optax
+
+AtRefresh = Literal["keep", "rotate", "reset"]
+
+
+class SubspaceChange(NamedTuple):
+    """Extra argument ``subspace_change`` from ``low_rank`` to its inner transform.
+
+    Attributes:
+      moved: Whether this step refreshed the bases: a traced bool, or a Python bool
+        when the caller compiles refresh and steady steps as two programs.
+      rotation: Tree like the updates: ``P_new^T P_old``, ``(..., r, r)``, for each
+        projected leaf and None elsewhere. Meaningful only where ``moved``.
+    """
+
+    moved: jax.Array | bool
+    rotation: optax.Updates
+
+
+def check_at_refresh(name: str, value: str) -> None:
+    """Raises ValueError unless ``value`` is one of the three policies."""
+    if value not in get_args(AtRefresh):
+        raise ValueError(
+            f"{name} must be one of {', '.join(get_args(AtRefresh))}, got {value!r}."
+        )
+
+
+def when(pred: jax.Array | bool, fn: Callable[[Any], Any], operand: Any) -> Any:
+    """``fn(operand)`` if ``pred`` else ``operand``, decided early if it can be."""
+    if isinstance(pred, bool):
+        return fn(operand) if pred else operand
+    return jax.lax.cond(pred, fn, lambda x: x, operand)
