@@ -50,7 +50,7 @@ def natural_galore(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     projector: Projector | None = None,
     residual: Residual | float | None = 2.0,
@@ -148,24 +148,21 @@ def natural_galore(
         ),
         scale_by_subspace_adam(b1, b2, eps, at_refresh=moments_at_refresh),
     )
-    projected = low_rank(
+    return _optimizer(
         inside,
-        rank,
-        update_proj_gap,
-        scale,
+        optax.scale_by_adam(b1, b2, eps),
+        learning_rate,
+        adam_learning_rate,
+        weight_decay,
+        mask,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
         projector=projector,
         residual=residual,
         weight_dimension_numbers=weight_dimension_numbers,
         side=side,
         clip_rank=clip_rank,
-    )
-    return _partitioned(
-        projected,
-        optax.scale_by_adam(b1, b2, eps),
-        weight_dimension_numbers,
-        optax.add_decayed_weights(weight_decay, mask),
-        learning_rate,
-        adam_learning_rate,
     )
 
 
@@ -177,7 +174,7 @@ def galore(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     projector: Projector | None = None,
     residual: Residual | float | None = None,
@@ -234,36 +231,36 @@ def galore(
     References:
       Zhao et al., GaLore, 2024 (arXiv 2403.03507).
     """
-    projected = low_rank(
+    return _optimizer(
         scale_by_subspace_adam(b1, b2, eps, at_refresh=moments_at_refresh),
-        rank,
-        update_proj_gap,
-        scale,
+        optax.scale_by_adam(b1, b2, eps),
+        learning_rate,
+        adam_learning_rate,
+        weight_decay,
+        mask,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
         projector=projector,
         residual=residual,
         weight_dimension_numbers=weight_dimension_numbers,
         side=side,
         clip_rank=clip_rank,
     )
-    return _partitioned(
-        projected,
-        optax.scale_by_adam(b1, b2, eps),
-        weight_dimension_numbers,
-        optax.add_decayed_weights(weight_decay, mask),
-        learning_rate,
-        adam_learning_rate,
-    )
 
 
-def _partitioned(
-    projected: optax.GradientTransformation,
+def _optimizer(
+    inside: optax.GradientTransformation,
     full_rank: optax.GradientTransformation,
-    weight_dimension_numbers: WeightDimensionNumbers | None,
-    decay: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     adam_learning_rate: optax.ScalarOrSchedule | None,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Any | Callable[[optax.Params], Any] | None,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers | None,
+    **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """``projected`` where a leaf has dimension numbers, ``full_rank`` elsewhere."""
+    """``low_rank(inside, **settings)`` on matrices, ``full_rank`` on other leaves."""
 
     def labels(params: optax.Params) -> optax.Params:
         treedef = jax.tree.structure(params)
@@ -272,22 +269,21 @@ def _partitioned(
             ["full_rank" if spec is None else "low_rank" for spec in specs]
         )
 
+    projected = low_rank(
+        inside, weight_dimension_numbers=weight_dimension_numbers, **settings
+    )
     # As in low_rank: a NaN or an Inf in a leaf's gradient makes it a zero gradient.
-    guard = optax.stateless_with_tree_map(lambda g, _: finite_or_zero(g))
-    if adam_learning_rate is None:
-        step_size = optax.scale_by_learning_rate(learning_rate)
-    else:
+    guard = optax.stateless(lambda updates, _: jax.tree.map(finite_or_zero, updates))
+    step_size = optax.scale_by_learning_rate(learning_rate)
+    if adam_learning_rate is not None:
+        adam_step_size = optax.scale_by_learning_rate(adam_learning_rate)
         step_size = optax.partition(
-            {
-                "low_rank": optax.scale_by_learning_rate(learning_rate),
-                "full_rank": optax.scale_by_learning_rate(adam_learning_rate),
-            },
-            labels,
+            {"low_rank": step_size, "full_rank": adam_step_size}, labels
         )
     return optax.chain(
         optax.partition(
             {"low_rank": projected, "full_rank": optax.chain(guard, full_rank)}, labels
         ),
-        decay,
+        optax.add_decayed_weights(weight_decay, mask),
         step_size,
     )

@@ -58,9 +58,8 @@ def state_report(state: optax.OptState) -> dict[str, int]:
       residual 8196
       unprojected 4
     """
-    report = dict.fromkeys(
-        ("basis", "history", "moments", "residual", "unprojected"), 0
-    )
+    parts = ("basis", "history", "moments", "residual", "unprojected")
+    report: dict[str, int] = dict.fromkeys(parts, 0)
 
     def is_low_rank(node: Any) -> bool:
         return isinstance(node, LowRankState)

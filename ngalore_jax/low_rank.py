@@ -107,8 +107,8 @@ def low_rank(
 
     Raises:
       TypeError: If ``rank`` is not an int known at trace time.
-      ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``side`` is unknown, or,
-        at ``init``, a rank exceeds a side or axes do not fit a leaf.
+      ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``side`` is unknown,
+        or, at ``init``, a rank exceeds a side or axes do not fit a leaf.
 
     Memory:
       ``m r`` elements a matrix, ``n + 1`` with a residual, and ``inner``'s state.
@@ -162,7 +162,7 @@ def low_rank(
 
     def update(
         updates: optax.Updates,
-        state: LowRankState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         refresh: bool | None = None,
@@ -194,7 +194,7 @@ def low_rank(
             subspace_change=SubspaceChange(due, tree(rotations)),
             **extra_args,
         )
-        columns = zip(
+        stages = zip(
             gradients,
             bases,
             lows,
@@ -204,10 +204,14 @@ def low_rank(
             leaves_of(state.residual.norm),
         )
         out, energy, norm = _transpose(
-            3, [h.project_back(*c, count, scale) for h, c in zip(how, columns)]
+            3,
+            [
+                h.project_back(*stage, count=count, scale=scale)
+                for h, stage in zip(how, stages)
+            ],
         )
         return tree(out), LowRankState(
-            count=optax.safe_increment(count),
+            count=jnp.asarray(optax.safe_increment(count)),
             projector=tree(bases),
             inner=inner_state,
             residual=ResidualState(tree(energy), tree(norm)),

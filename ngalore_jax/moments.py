@@ -55,7 +55,7 @@ def scale_by_subspace_adam(
 
     def update(
         updates: optax.Updates,
-        state: optax.ScaleByAdamState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         subspace_change: SubspaceChange | None = None,

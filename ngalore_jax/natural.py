@@ -120,7 +120,7 @@ def scale_by_natural_gradient(
 
     def update(
         updates: optax.Updates,
-        state: NaturalGradientState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         subspace_change: SubspaceChange | None = None,
@@ -131,10 +131,11 @@ def scale_by_natural_gradient(
         columns = treedef.flatten_up_to(state.history)
         grams = treedef.flatten_up_to(state.gram)
         if subspace_change is not None and at_refresh != "keep":
+            reset = at_refresh == "reset"
             rotations = treedef.flatten_up_to(subspace_change.rotation)
             columns, grams = when(
                 subspace_change.moved,
-                lambda kept: _carry_over(*kept, rotations, at_refresh == "reset"),
+                lambda kept: _carry_over(*kept, rotations=rotations, reset=reset),
                 (columns, grams),
             )
         slot = state.count % history
@@ -147,7 +148,7 @@ def scale_by_natural_gradient(
             )
             directions.append(direction)
         return treedef.unflatten(directions), NaturalGradientState(
-            optax.safe_increment(state.count),
+            jnp.asarray(optax.safe_increment(state.count)),
             treedef.unflatten(columns),
             treedef.unflatten(grams),
         )
@@ -232,6 +233,7 @@ def rotate_history(
 def _carry_over(
     columns: list[jax.Array],
     grams: list[jax.Array],
+    *,
     rotations: list[jax.Array | None],
     reset: bool,
 ) -> tuple[list[jax.Array], list[jax.Array]]:

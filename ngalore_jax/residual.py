@@ -93,9 +93,10 @@ def compensation(
         inside: jax.Array,
         codimension: int,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        beta = jnp.asarray(decay, energy.dtype)
         outside = jnp.maximum(total - inside, 0)
-        energy = decay * energy + (1 - decay) * outside
-        corrected = energy / (1 - decay ** (count + 1))
+        energy = beta * energy + (1 - beta) * outside
+        corrected = energy / (1 - beta ** (count + 1))
         denominator = corrected + _NOISE_FLOOR * total
         inverse = jnp.where(
             denominator > 0, codimension / jnp.where(denominator > 0, denominator, 1), 0
@@ -106,7 +107,8 @@ def compensation(
         shrink = jnp.where(added > 0, limited / jnp.where(added > 0, added, 1), 0)
         # A step without a gradient says nothing about how large the term may be.
         norm = jnp.where(added > 0, limited, norm)
-        return weight * shrink[..., None] * jnp.sqrt(inverse), energy, norm
+        scale = jnp.asarray(weight, energy.dtype) * shrink[..., None]
+        return scale * jnp.sqrt(inverse), energy, norm
 
     return Residual(column_scale)
 

@@ -1,0 +1,255 @@
+"""Settings of a pretraining run: frozen dataclasses that tyro reads.
+
+The docstrings are the command's ``--help``. `experiments.presets` fills them in.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from experiments.models.llama import LlamaConfig
+
+PresetName = Literal[
+    "demo",
+    "9M",
+    "20M",
+    "35M",
+    "40M",
+    "60M",
+    "71M",
+    "100M",
+    "130M",
+    "250M",
+    "350M",
+    "1B",
+    "3B",
+    "7B",
+]
+OptimizerName = Literal["adamw", "galore", "natural_galore", "muon", "optax_galore"]
+
+# Peak learning rate of the matrices where none is given.
+DEFAULT_LEARNING_RATE: dict[OptimizerName, float] = {
+    "adamw": 1e-3,
+    "galore": 1e-2,
+    "natural_galore": 4e-3,
+    "muon": 3e-3,
+    "optax_galore": 1e-2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How long, how often, and where it is kept.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Sequences a step.
+        microbatches: Pieces that a batch is worked off in, to save memory of
+            activations.
+        seed: Seed of the parameters and of the order of the data.
+        eval_every: Steps between evaluations on the validation text.
+        checkpoint_every: Steps between checkpoints.
+        keep_checkpoints: Number of checkpoints kept, the newest ones.
+        run_dir: Folder of the run. None: runs/PRESET-OPTIMIZER.
+        resume: Go on from the newest checkpoint in the run's folder, bit for bit. Give
+            the same settings as before.
+        overwrite: Delete the run that is in the run's folder and start afresh.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 512
+    microbatches: int = 1
+    seed: int = 0
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    run_dir: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """What is learnt: text, tokenizer, lengths.
+
+    Attributes:
+        data: Globs of training text: .txt, .jsonl, .json with a text a line, also .gz
+            and .zst. None given: the English documentation that comes with the Python
+            installation.
+        validation_data: Globs of validation text. None given: a share of the training
+            documents.
+        on_bad_input: Whether a file or record that cannot be read stops the run, or is
+            skipped and counted.
+        tokenizer: A tokenizer.json or a SentencePiece model. None: a byte-level BPE of
+            as many tokens as the model has is trained on the text and kept in the
+            run's folder.
+        sequence_length: Tokens of context.
+        validation_tokens: Tokens to evaluate on, at most; always the same ones.
+    """
+
+    data: tuple[str, ...] = ()
+    validation_data: tuple[str, ...] = ()
+    on_bad_input: Literal["error", "skip"] = "error"
+    tokenizer: Path | None = None
+    sequence_length: int = 256
+    validation_tokens: int = 131_072
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How it is learnt: method, learning rates, low-rank settings.
+
+    Attributes:
+        optimizer: Method for the matrices. optax_galore is optax.contrib.galore, for
+            comparison: a full SVD of every matrix at a refresh, so slow.
+        learning_rate: Peak learning rate of the matrices. None: the method's own.
+        adam_learning_rate: Peak learning rate of embeddings, norms and output layer.
+        warmup_fraction: Share of the steps, from 0 to 1, in which both learning rates
+            rise; a cosine follows.
+        final_fraction: Learning rates at the end, as a share of their peaks.
+        weight_decay: Decoupled decay of the matrices, times the learning rate a step.
+        clip_norm: Largest norm of the whole gradient. None: it is left as it is.
+        b1: Decay of the first moment, 0 to 1. Muon's momentum stays at 0.95.
+        b2: Decay of the second moment, 0 to 1.
+        rank: Directions of the subspace of each matrix (galore, natural_galore,
+            optax_galore).
+        update_proj_gap: Steps between two choices of the subspace (the same three).
+        scale: Factor on the update of a projected matrix (the same three).
+        history: Gradients in the Fisher estimate (natural_galore).
+        damping: Damping of the Fisher, squared gradient norms (natural_galore).
+        residual: Weight of the gradient outside the subspace. None: it is dropped, as
+            published (natural_galore).
+    """
+
+    optimizer: OptimizerName = "natural_galore"
+    learning_rate: float | None = None
+    adam_learning_rate: float = 3e-3
+    warmup_fraction: float = 0.1
+    final_fraction: float = 0.1
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    b1: float = 0.9
+    b2: float = 0.999
+    rank: int = 128
+    update_proj_gap: int = 200
+    scale: float = 0.25
+    history: int = 20
+    damping: float = 1e-3
+    residual: float | None = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices to spread over; 1 x 1 runs on one device.
+
+    Attributes:
+        data: Devices over which batches are split and weights are copied.
+        fsdp: Devices over which batches, weights and optimizer state are split.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain a Llama on text with a chosen optimizer.
+
+    Without arguments: a small model on the documentation of this Python installation,
+    in minutes on two CPU cores. A preset sets the model's shape and fitting settings;
+    whatever else is given takes their place.
+
+    Attributes:
+        run: How long, how often, and where it is kept.
+        text: What is learnt.
+        optimization: How it is learnt. "The matrices" are those of attention and MLP;
+            embeddings, norms and output layer are on Adam whatever the method.
+        model: Shape and number formats.
+        mesh: Devices to spread over.
+        preset: A small model for a quick look, or a published Llama size.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[RunConfig]
+    text: tyro.conf.OmitArgPrefixes[TextConfig]
+    optimization: tyro.conf.OmitArgPrefixes[OptimizerConfig]
+    model: LlamaConfig
+    mesh: MeshConfig = MeshConfig()
+    preset: PresetName = "demo"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything."""
+        run, rest = self.run, self.optimization
+        _check_at_least(1, run, "steps", "batch_size", "microbatches", "eval_every")
+        _check_at_least(1, run, "checkpoint_every", "keep_checkpoints")
+        _check_at_least(0, run, "seed")
+        _check_at_least(1, self.text, "sequence_length", "validation_tokens")
+        _check_at_least(1, self.mesh, "data", "fsdp")
+        for name in ("warmup_fraction", "final_fraction"):
+            if not 0 <= getattr(rest, name) <= 1:
+                raise ValueError(f"{name}={getattr(rest, name)} must be from 0 to 1.")
+        pieces = run.microbatches * self.devices
+        if run.batch_size % pieces:
+            raise ValueError(
+                f"batch_size={run.batch_size} must be a multiple of microbatches="
+                f"{run.microbatches} times {self.devices} devices, {pieces}."
+            )
+        if run.resume and run.overwrite:
+            raise ValueError("--resume keeps a run, --overwrite deletes it: give one.")
+
+    @property
+    def devices(self) -> int:
+        """Number of devices the run takes."""
+        return self.mesh.data * self.mesh.fsdp
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, its default resolved."""
+        default = Path("runs") / f"{self.preset}-{self.optimization.optimizer}"
+        return self.run.run_dir or default
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of the matrices, its default resolved."""
+        if self.optimization.learning_rate is not None:
+            return self.optimization.learning_rate
+        return DEFAULT_LEARNING_RATE[self.optimization.optimizer]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the config, defaults resolved, as JSON would give it back."""
+        config = _jsonable(dataclasses.asdict(self))
+        config["run"]["run_dir"] = str(self.run_dir)
+        config["optimization"]["learning_rate"] = self.learning_rate
+        return config
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what must be equal for one run to go on from another's state.
+
+        Left out: where the run lies, how often it saves and evaluates, on which
+        devices it runs, and the paths of text and tokenizer; the fingerprints of
+        these two are for the caller to add.
+        """
+        config = self.as_dict()
+        del config["mesh"]
+        for name in ("data", "validation_data", "on_bad_input", "tokenizer"):
+            del config["text"][name]
+        for name in ("steps", "batch_size", "microbatches", "seed"):
+            config[name] = config["run"][name]
+        del config["run"]
+        return config
+
+
+def _check_at_least(least: int, group: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(group, name)
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}.")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,246 @@
+"""Llama in Flax NNX: RMSNorm, RoPE, grouped-query attention, SwiGLU, scanned layers.
+
+The layers are one module whose parameters are stacked on a leading axis and run by
+one ``lax.scan``, so that time to compile does not grow with depth. Kernels are
+two-dimensional per layer, which is the matrix that a low-rank optimizer sees::
+
+    embed_tokens/embedding                            (V, D)
+    layers/input_norm/scale                           (L, D)
+    layers/attention/{q,k,v}_proj/kernel              (L, D, H*K), (L, D, G*K) twice
+    layers/attention/o_proj/kernel                    (L, H*K, D)
+    layers/post_attention_norm/scale                  (L, D)
+    layers/mlp/{gate,up}_proj/kernel                  (L, D, F)
+    layers/mlp/down_proj/kernel                       (L, F, D)
+    norm/scale                                        (D,)
+    lm_head/kernel  (not with tied embeddings)        (D, V)
+
+Names and layouts are those of Hugging Face's Llama with kernels transposed, RoPE's
+half-rotation included. Shape suffixes of the code: B batch, T position, D hidden,
+H query heads, G key-value heads, K head width (K2 half of it), F feed-forward width,
+V vocabulary, L layers.
+
+References:
+  Touvron et al., LLaMA (arXiv 2302.13971); Su et al., RoFormer (arXiv 2104.09864);
+  Ainslie et al., GQA (arXiv 2305.13245).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.models.llama_config import PRESETS, LlamaConfig
+from experiments.training import mesh
+
+__all__ = ["PRESETS", "Llama", "LlamaConfig", "parameter_count"]
+
+
+class Projection(nnx.Module):
+    """Linear layer without bias: ``(..., m) -> (..., n)``, kernel ``(m, n)``."""
+
+    def __init__(
+        self, in_size: int, out_size: int, config: LlamaConfig, *, rngs: nnx.Rngs
+    ) -> None:
+        self.remat = config.remat
+        self.kernel = nnx.Param(_normal(rngs, (in_size, out_size), config))
+
+    def __call__(
+        self, x: jax.Array, out_dtype: jax.typing.DTypeLike | None = None
+    ) -> jax.Array:
+        """Multiply by the kernel, accumulating in ``out_dtype`` (default: x's)."""
+
+        def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            kernel = mesh.gather_matrix(kernel.astype(x.dtype))
+            return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
+
+        if not self.remat:
+            # Keep the stored kernel for the backward pass, not the gathered one: over
+            # the layers of a scan that would be a whole copy of the model. A layer
+            # that is recomputed as a whole needs no such care.
+            project = jax.checkpoint(project, prevent_cse=False)
+        return project(x, self.kernel[...])
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        d, kv = config.hidden_size, config.kv_heads * config.head_size
+        self.q_proj = Projection(d, d, config, rngs=rngs)
+        self.k_proj = Projection(d, kv, config, rngs=rngs)
+        self.v_proj = Projection(d, kv, config, rngs=rngs)
+        self.o_proj = Projection(d, d, config, rngs=rngs)
+
+    def __call__(self, x_BxTxD: jax.Array, angles_TxK2: jax.Array) -> jax.Array:
+        """Attend to the positions up to each one."""
+        head_size = self.config.head_size
+        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = (
+            y.reshape(*y.shape[:-1], y.shape[-1] // head_size, head_size)
+            for y in (self.q_proj(x_BxTxD), self.k_proj(x_BxTxD), self.v_proj(x_BxTxD))
+        )
+        y_BxTxHxK = jax.nn.dot_product_attention(
+            rotate(q_BxTxHxK, angles_TxK2),
+            rotate(k_BxTxGxK, angles_TxK2),
+            v_BxTxGxK,
+            is_causal=True,
+        )
+        return self.o_proj(y_BxTxHxK.reshape(x_BxTxD.shape))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU feed-forward block."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = Projection(d, f, config, rngs=rngs)
+        self.up_proj = Projection(d, f, config, rngs=rngs)
+        self.down_proj = Projection(f, d, config, rngs=rngs)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Apply ``down(silu(gate(x)) * up(x))``."""
+        h_BxTxF = jax.nn.silu(self.gate_proj(x_BxTxD)) * self.up_proj(x_BxTxD)
+        return self.down_proj(h_BxTxF)
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        self.input_norm = _norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.post_attention_norm = _norm(config, rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(self, x_BxTxD: jax.Array, angles_TxK2: jax.Array) -> jax.Array:
+        """Add the attention and feed-forward updates to the residual stream."""
+        dtype = x_BxTxD.dtype
+        h_BxTxD = self.input_norm(x_BxTxD).astype(dtype)
+        x_BxTxD = x_BxTxD + self.attention(h_BxTxD, angles_TxK2)
+        h_BxTxD = self.post_attention_norm(x_BxTxD).astype(dtype)
+        return mesh.pin_batch(x_BxTxD + self.mlp(h_BxTxD))
+
+
+class Embedding(nnx.Module):
+    """Token embedding, also the output layer when tied."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        self.dtype = config.dtype
+        self.embedding = nnx.Param(_normal(rngs, shape, config))
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Return the rows of the tokens in the compute dtype."""
+        return mesh.look_up(self.embedding[...].astype(self.dtype), tokens_BxT)
+
+    def logits(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Return the scores of every token in float32."""
+        table_VxD = mesh.gather_matrix(self.embedding[...].astype(self.dtype))
+        return jnp.matmul(x_BxTxD, table_VxD.T, preferred_element_type=jnp.float32)
+
+
+class Llama(nnx.Module):
+    """Decoder-only language model: tokens to next-token logits."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        """Initialise every matrix from N(0, 0.02^2) and every norm scale to one.
+
+        Args:
+          config: The shape.
+          rngs: Source of the initial values.
+        """
+        self.config = config
+        self.embed_tokens = Embedding(config, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stacked_layers(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, rngs=rngs)
+
+        self.layers = stacked_layers(rngs)
+        self.norm = _norm(config, rngs)
+        if not config.tie_embeddings:
+            self.lm_head = Projection(
+                config.hidden_size, config.vocab_size, config, rngs=rngs
+            )
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        """Return the logits of the token after each position.
+
+        Args:
+          tokens_BxT: int32 ``(B, T)``. Under a mesh B is split over its batch axes.
+
+        Returns:
+          float32 logits ``(B, T, V)``, split like the tokens. A token that is not
+          below V makes those of its sequence NaN.
+        """
+        config = self.config
+        angles_TxK2 = rope_angles(
+            tokens_BxT.shape[1], config.head_size, config.rope_theta
+        )
+        graphdef, stacked = nnx.split(self.layers)
+
+        def run_layer(x_BxTxD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, layer)(x_BxTxD, angles_TxK2), None
+
+        if config.remat:
+            run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+        x_BxTxD, _ = jax.lax.scan(run_layer, self.embed_tokens(tokens_BxT), stacked)
+
+        x_BxTxD = self.norm(x_BxTxD).astype(x_BxTxD.dtype)
+        if config.tie_embeddings:
+            logits_BxTxV = self.embed_tokens.logits(x_BxTxD)
+        else:
+            logits_BxTxV = self.lm_head(x_BxTxD, out_dtype=jnp.float32)
+        return mesh.pin_batch(logits_BxTxV)
+
+
+def rope_angles(length: int, head_size: int, theta: float) -> jax.Array:
+    """Return the rotary angles: position times frequency, float32 ``(T, K / 2)``.
+
+    Pair i of a head turns by ``t * theta ** (-2 i / K)`` at position t.
+    """
+    exponents = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
+    positions = jnp.arange(length, dtype=jnp.float32)
+    return jnp.outer(positions, theta**-exponents)
+
+
+def rotate(x_BxTxHxK: jax.Array, angles_TxK2: jax.Array) -> jax.Array:
+    """Turn each pair ``(x[i], x[i + K / 2])`` of a head by its position's angle.
+
+    Args:
+      x_BxTxHxK: Queries or keys.
+      angles_TxK2: From :func:`rope_angles`.
+
+    Returns:
+      The rotated heads in x's dtype, computed in float32.
+    """
+    angles = angles_TxK2[None, :, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x_BxTxHxK.dtype)
+
+
+def parameter_count(config: LlamaConfig) -> int:
+    """Count the parameters of the model, which is not built."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def _norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Make an RMSNorm that computes, and returns, float32."""
+    return nnx.RMSNorm(
+        config.hidden_size,
+        epsilon=config.norm_eps,
+        dtype=jnp.float32,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, int], config: LlamaConfig) -> jax.Array:
+    """Draw a matrix from N(0, 0.02^2), the published runs' initialisation."""
+    return jax.nn.initializers.normal(0.02)(rngs.params(), shape, config.param_dtype)

@@ -1,0 +1,114 @@
+"""The shape of a Llama, and the shapes of the published runs."""
+
+import dataclasses
+
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and number formats of a Llama.
+
+    Attributes:
+      vocab_size: Number of tokens.
+      hidden_size: Width of the residual stream, a multiple of ``2 * num_heads``.
+      intermediate_size: Width inside the feed-forward block.
+      num_heads: Query heads.
+      num_layers: Transformer layers.
+      num_kv_heads: Key and value heads, a divisor of ``num_heads``; None for as
+        many (multi-head attention). :attr:`kv_heads` is the number meant.
+      rope_theta: Base of the rotary wavelengths.
+      norm_eps: Added to the mean square in RMSNorm.
+      tie_embeddings: Whether the output layer is the embedding, transposed.
+      param_dtype: "float32" or "bfloat16", the format parameters are stored in.
+      dtype: The same, the format of activations and matrix products. Norms,
+        rotations, attention's softmax and logits are float32 in either.
+      remat: Whether the backward pass recomputes each layer from its input.
+
+    Raises:
+      ValueError: If a size is not positive or sizes do not fit each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_layers: int
+    num_kv_heads: int | None = None
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    param_dtype: str = "float32"
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that the sizes make a model."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "num_layers",
+            "kv_heads",
+            "rope_theta",
+            "norm_eps",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads="
+                f"{2 * self.num_heads}: rotary embedding needs heads of an even width"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}"
+            )
+        for name in ("param_dtype", "dtype"):
+            if getattr(self, name) not in _DTYPES:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(_DTYPES)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+
+def _preset(
+    hidden: int, intermediate: int, heads: int, layers: int, vocab: int = 32_000
+) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_heads=heads,
+        num_layers=layers,
+    )
+
+
+# Shapes of the published runs; "demo" trains on two CPU cores.
+PRESETS: dict[str, LlamaConfig] = {
+    "demo": _preset(128, 352, 4, 4, vocab=2048),
+    "9M": _preset(128, 352, 4, 4),
+    "20M": _preset(256, 688, 4, 4),
+    "35M": _preset(384, 1024, 8, 6),
+    "40M": _preset(416, 1024, 8, 8),
+    "60M": _preset(512, 1376, 8, 8),
+    "71M": _preset(512, 1368, 8, 12),
+    "100M": _preset(640, 1708, 10, 12, vocab=32_100),
+    "130M": _preset(768, 2048, 12, 12),
+    "250M": _preset(768, 2560, 16, 24),
+    "350M": _preset(1024, 2736, 16, 24),
+    "1B": _preset(2048, 5461, 32, 24),
+    "3B": _preset(2560, 6848, 32, 32),
+    "7B": _preset(4096, 11008, 32, 32),
+}

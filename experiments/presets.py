@@ -1,0 +1,87 @@
+"""Complete settings by name, and their reading from the command line."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import tyro
+
+from experiments.configs import (
+    OptimizerConfig,
+    PresetName,
+    PretrainConfig,
+    RunConfig,
+    TextConfig,
+)
+from experiments.models.llama import PRESETS as MODELS
+
+# Rank and steps. Published: 60M, 130M, 350M, 1B (arXiv 2403.03507, table 2) and 7B
+# (its table 3); the ranks between are about a quarter of the hidden size.
+_RANK_AND_STEPS: dict[str, tuple[int, int]] = {
+    "9M": (32, 10_000),
+    "20M": (64, 10_000),
+    "35M": (96, 10_000),
+    "40M": (104, 10_000),
+    "60M": (128, 10_000),
+    "71M": (128, 10_000),
+    "100M": (160, 20_000),
+    "130M": (256, 20_000),
+    "250M": (192, 40_000),
+    "350M": (256, 60_000),
+    "1B": (512, 100_000),
+    "3B": (640, 120_000),
+    "7B": (1024, 150_000),
+}
+
+
+def demo() -> PretrainConfig:
+    """``python -m experiments.pretrain``: minutes on two CPU cores, no download."""
+    return PretrainConfig(
+        preset="demo",
+        model=MODELS["demo"],
+        text=TextConfig(sequence_length=128, validation_tokens=32_768),
+        optimization=OptimizerConfig(rank=8, update_proj_gap=50),
+        run=RunConfig(steps=400, batch_size=16, eval_every=50, checkpoint_every=100),
+    )
+
+
+def llama(name: PresetName) -> PretrainConfig:
+    """A published size: sequences of 256, 512 a batch.
+
+    Meant for an accelerator and C4 with a given tokenizer; the defaults train on
+    what this machine has.
+    """
+    rank, steps = _RANK_AND_STEPS[name]
+    return PretrainConfig(
+        preset=name,
+        model=MODELS[name],
+        text=TextConfig(sequence_length=256),
+        optimization=OptimizerConfig(rank=rank, update_proj_gap=200),
+        run=RunConfig(steps=steps, batch_size=512),
+    )
+
+
+def preset(name: PresetName) -> PretrainConfig:
+    """Returns the settings of a preset."""
+    return demo() if name == "demo" else llama(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    preset: PresetName = "demo"
+
+
+def parse(args: Sequence[str] | None = None) -> PretrainConfig:
+    """Reads a config from command-line arguments (None: those of the process).
+
+    A mistake in them is explained on stderr and ends the process with code 2.
+    """
+    # The preset is read first, for it sets the defaults of everything else, also of
+    # those that --help shows.
+    choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
+    return tyro.cli(
+        PretrainConfig,
+        args=args,
+        default=preset(choice.preset),
+        prog="python -m experiments.pretrain",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )

@@ -1,0 +1,201 @@
+"""The one place that chooses an optimizer.
+
+Every method gets the same leaves and the same rest: the hidden matrices (kernels
+but the output layer's, stacked over layers or not) are trained by the method at its
+learning rate; embeddings, output layer and norms by Adam at a learning rate of their
+own. Comparisons between methods are then about the matrices alone.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import ngalore_jax as ng
+from experiments.configs import OptimizerConfig
+
+# A matrix is the last two axes; an axis in front of them counts layers.
+_MUON_AXES = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+# Their products of sharded matrices do not say how the result is to be sharded, which
+# a mesh with explicit axes demands.
+_AUTO_AXES_ONLY = ("muon", "optax_galore")
+
+
+def takes_explicit_axes(config: OptimizerConfig) -> bool:
+    """Whether the optimizer runs on a mesh with explicit axes, or on auto ones only."""
+    return config.optimizer not in _AUTO_AXES_ONLY
+
+
+def build_optimizer(
+    config: OptimizerConfig, *, learning_rate: float, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the optimizer that `config` names.
+
+    Args:
+        config: The method and its settings.
+        learning_rate: Peak learning rate of the hidden matrices.
+        steps: Steps of the whole run; the schedule ends there.
+
+    Returns:
+        A transformation of a model's parameters: nested dictionaries whose hidden
+        matrices are leaves named `kernel` outside `lm_head`.
+    """
+    method = _METHODS[config.optimizer](
+        config, learning_rate_schedule(config, learning_rate, steps)
+    )
+    adam = optax.adam(
+        learning_rate_schedule(config, config.adam_learning_rate, steps),
+        b1=config.b1,
+        b2=config.b2,
+    )
+    optimizer = optax.partition({"matrix": method, "other": adam}, matrix_labels)
+    if config.clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def learning_rate_schedule(
+    config: OptimizerConfig, peak: float, steps: int
+) -> optax.Schedule:
+    """Returns a linear rise to `peak` followed by a cosine down to its end value.
+
+    The first step has a learning rate above zero: none is wasted.
+    """
+    warmup = min(round(config.warmup_fraction * steps), steps - 1)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=peak / (warmup + 1),
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=steps,
+        end_value=config.final_fraction * peak,
+    )
+
+
+def matrix_labels(params: optax.Params) -> optax.Params:
+    """Labels each leaf `matrix` (trained by the method) or `other` (by Adam)."""
+
+    def label(path: jax.tree_util.KeyPath, _: jax.Array) -> str:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        is_matrix = names[-1] == "kernel" and "lm_head" not in names
+        return "matrix" if is_matrix else "other"
+
+    return jax.tree.map_with_path(label, params)
+
+
+def adamw_state_bytes(params: optax.Params) -> int:
+    """Returns the bytes AdamW's state would take; `params` may be abstract."""
+    return ng.state_bytes(jax.eval_shape(optax.adamw(1e-3).init, params))
+
+
+def per_layer(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Lets `inner` see every stacked leaf (L, m, n) as L matrices (m, n).
+
+    For transformations that only know two-dimensional leaves.
+    """
+
+    def split(tree: optax.Updates) -> optax.Updates:
+        return jax.tree.map(lambda x: tuple(x) if x.ndim == 3 else x, tree)
+
+    def merge(like: optax.Updates, tree: optax.Updates) -> optax.Updates:
+        return jax.tree.map(
+            lambda x, layers: jnp.stack(layers) if x.ndim == 3 else layers, like, tree
+        )
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(split(params))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        split_params = None if params is None else split(params)
+        new_updates, state = inner.update(split(updates), state, split_params)
+        return merge(updates, new_updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _adamw(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _galore(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return ng.galore(
+        learning_rate,
+        rank=config.rank,
+        update_proj_gap=config.update_proj_gap,
+        scale=config.scale,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _natural_galore(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return ng.natural_galore(
+        learning_rate,
+        rank=config.rank,
+        update_proj_gap=config.update_proj_gap,
+        scale=config.scale,
+        history=config.history,
+        damping=config.damping,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        residual=config.residual,
+    )
+
+
+def _muon(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        learning_rate,
+        weight_decay=config.weight_decay,
+        # Updates as large as Adam's whatever the shape: arXiv 2502.16982.
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda _: _MUON_AXES, params
+        ),
+    )
+
+
+def _optax_galore(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return per_layer(
+        optax.contrib.galore(
+            learning_rate,
+            rank=config.rank,
+            update_proj_gap=config.update_proj_gap,
+            scale=config.scale,
+            base_optimizer=optax.scale_by_adam(b1=config.b1, b2=config.b2),
+            weight_decay=config.weight_decay,
+        )
+    )
+
+
+_Method = Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]
+_METHODS: dict[str, _Method] = {
+    "adamw": _adamw,
+    "galore": _galore,
+    "natural_galore": _natural_galore,
+    "muon": _muon,
+    "optax_galore": _optax_galore,
+}

@@ -1,0 +1,90 @@
+"""What the user sees while a run goes on: a progress bar, or plain lines."""
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+# Without a terminal (a log file, CI) a run prints about this many lines.
+_PLAIN_LINES = 20
+
+
+class ConsoleProgress:
+    """Shows loss, tokens per second and time left; a context manager.
+
+    On a terminal a bar is redrawn in place; elsewhere plain lines are printed, about
+    twenty a run. Evaluations are printed as lines of their own on both.
+    """
+
+    def __init__(self, console: Console, *, steps: int, done: int) -> None:
+        """Prepares to show a run of `steps` steps of which `done` are done."""
+        self._console = console
+        self._steps = steps
+        self._done = done
+        self._every = max(1, steps // _PLAIN_LINES)
+        self._rate = 0.0
+        self._started = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "training", total=steps, completed=done, loss=float("nan"), rate=0.0
+        )
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Shows one row of metrics."""
+        rate = row["tokens"] / row["seconds"]
+        # Smoothed over about ten steps; the first step, which compiles, would
+        # otherwise hang on.
+        first = row["step"] <= self._done + 2
+        self._rate = rate if first else 0.9 * self._rate + 0.1 * rate
+        self._bar.update(
+            self._task, completed=row["step"], loss=row["loss"], rate=self._rate
+        )
+        if "validation_loss" in row:
+            self._console.print(
+                f"step {row['step']}: validation loss {row['validation_loss']:.4f}, "
+                f"perplexity {row['validation_perplexity']:.2f}, "
+                f"{row['validation_bits_per_byte']:.4f} bits per byte"
+            )
+        elif not self._console.is_terminal and row["step"] % self._every == 0:
+            self._console.print(self._line(row))
+
+    def __enter__(self) -> Self:
+        """Start to show."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop to show."""
+        self._bar.stop()
+
+    def _line(self, row: dict[str, Any]) -> str:
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / (row["step"] - self._done) * (self._steps - row["step"])
+        return (
+            f"step {row['step']}/{self._steps}: loss {row['loss']:.3f}, "
+            f"{self._rate:,.0f} tokens/s, {left:,.0f} s left"
+        )

@@ -1,0 +1,64 @@
+"""What changes while training: parameters, optimizer state, step."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from experiments.training.mesh import param_shardings, state_shardings
+
+
+class TrainState(NamedTuple):
+    """The whole state of training; a checkpoint holds it and the data position."""
+
+    params: optax.Params  # nested dictionaries of arrays
+    opt_state: optax.OptState
+    step: jax.Array  # () int32, updates done
+
+
+def create_state(
+    init_params: Callable[[jax.Array], optax.Params],
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """Makes the initial state on the devices, compiled, so that it is born sharded.
+
+    Args:
+        init_params: Makes the parameters from a PRNG key.
+        optimizer: Makes its state from the parameters.
+        seed: Seed of the key.
+        mesh: Where the state is laid out by `mesh.ShardingRules`; the caller has
+            entered it with `jax.set_mesh`. None: on one device.
+    """
+
+    def init(params: optax.Params) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    key = jax.random.key(seed)
+    if mesh is None:
+        # Committed to a device, as a restored state is: one program serves both.
+        device = SingleDeviceSharding(jax.devices()[0])
+        return jax.jit(lambda key: init(init_params(key)), out_shardings=device)(key)
+    abstract_params = jax.eval_shape(init_params, key)
+    params = jax.jit(init_params, out_shardings=param_shardings(abstract_params, mesh))(
+        key
+    )
+    shardings = state_shardings(init, abstract_params, mesh)
+    return jax.jit(init, out_shardings=shardings)(params)
+
+
+def abstract_like(state: TrainState) -> TrainState:
+    """Returns the shapes, dtypes and shardings of `state`, without its arrays."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def shardings_of(state: TrainState) -> TrainState:
+    """Returns the sharding of every leaf of `state`."""
+    return jax.tree.map(lambda x: x.sharding, state)

@@ -1,0 +1,210 @@
+"""The command: from text files to a report, interrupted and resumed on the way."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments.presets import parse, preset
+from experiments.pretrain import main
+from experiments.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Sixty documents over a small vocabulary."""
+    folder = tmp_path_factory.mktemp("texts")
+    dice = random.Random(0)
+    words = [
+        "".join(dice.choice("abcdefgh") for _ in range(dice.randint(2, 6)))
+        for _ in range(100)
+    ]
+    for number in range(60):
+        text = " ".join(dice.choice(words) for _ in range(150))
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+def arguments(texts: Path, run_dir: Path, *more: str) -> list[str]:
+    command = (
+        f"--sequence-length 16 --batch-size 8 --steps {STEPS} --eval-every 3 "
+        "--checkpoint-every 100 --rank 4 --update-proj-gap 2 --history 3 "
+        "--validation-tokens 200 --model.vocab-size 300 --model.hidden-size 16 "
+        "--model.intermediate-size 24 --model.num-heads 2 --model.num-layers 2"
+    )
+    paths = ["--data", f"{texts}/*.txt", "--run-dir", str(run_dir)]
+    return [*paths, *command.split(), *more]
+
+
+def load(run_dir: Path, step: int) -> list[np.ndarray]:
+    with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
+        restored = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+        )
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored["state"])]
+
+
+def rows(run_dir: Path) -> list[dict]:
+    table = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in table]
+
+
+@pytest.fixture(scope="module")
+def straight(texts, tmp_path_factory) -> Path:
+    """The folder of an undisturbed run."""
+    run_dir = tmp_path_factory.mktemp("runs") / "straight"
+    assert main(arguments(texts, run_dir)) == 0
+    return run_dir
+
+
+def test_a_run_leaves_all_that_explains_it(straight, texts):
+    table = rows(straight)
+    assert [row["step"] for row in table] == list(range(1, STEPS + 1))
+    assert table[0]["tokens"] == 8 * 16
+    assert table[-1]["validation_loss"] < table[0]["loss"]
+    assert table[-1]["validation_perplexity"] == pytest.approx(
+        np.exp(table[-1]["validation_loss"])
+    )
+    config = json.loads((straight / "config.json").read_text())
+    assert config["optimization"]["learning_rate"] is not None
+    assert config["run"]["run_dir"] == str(straight)
+    assert config["corpus"]["documents"] == 60
+    report = (straight / "report.md").read_text()
+    for part in (
+        "final validation perplexity",
+        "optimizer state",
+        "AdamW",
+        f"{straight}/checkpoints/{STEPS}",
+        "--optimizer adamw",
+        f"--data '{texts}/*.txt'",
+    ):
+        assert part in report
+    assert (straight / "loss.png").stat().st_size > 1000
+    assert (straight / "checkpoints" / str(STEPS)).is_dir()
+
+
+def test_ctrl_c_and_resume_end_where_the_undisturbed_run_does(
+    straight, texts, tmp_path
+):
+    run_dir = tmp_path / "cut"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.pretrain", *arguments(texts, run_dir)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    # The first row appears once the second step has been dispatched.
+    deadline = time.monotonic() + 120
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    saved = rows(run_dir)[-1]["step"]
+    assert saved < STEPS
+    assert f"Saved step {saved} of {STEPS}" in output
+    command = output.splitlines()[-1].split()
+    assert command[:3] == ["python", "-m", "experiments.pretrain"]
+    assert command[-1] == "--resume"
+
+    assert main(arguments(texts, run_dir, "--resume")) == 0
+    assert rows(run_dir) == rows(straight)
+    for ours, theirs in zip(load(run_dir, STEPS), load(straight, STEPS), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_run_is_not_overwritten_unasked(straight, texts, capsys):
+    assert main(arguments(texts, straight)) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert len(rows(straight)) == STEPS
+
+
+def test_resuming_with_other_settings_is_refused(straight, texts, capsys):
+    code = main(arguments(texts, straight, "--resume", "--adam-learning-rate", "0.1"))
+    assert code == 1
+    assert "optimization.adam_learning_rate: 0.003 there" in capsys.readouterr().err
+
+
+def test_resuming_with_other_text_is_refused(straight, texts, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in texts.iterdir():
+        (other / path.name).write_text(path.read_text().upper())
+    cut = tmp_path / "run"
+    # A copy: the tokenizer in the folder is trained again on the other text.
+    subprocess.run(["cp", "-r", str(straight), str(cut)], check=True)
+    assert main(arguments(other, cut, "--resume")) == 1
+    assert "text: " in capsys.readouterr().err
+
+
+def test_mistakes_are_explained_in_a_line(texts, tmp_path, capsys):
+    assert main(["--data", f"{tmp_path}/*.txt", "--run-dir", str(tmp_path / "a")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(texts, tmp_path / "b", "--batch-size", "0"))
+    assert "batch_size=0 must be at least 1" in capsys.readouterr().err
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(
+    straight, texts, tmp_path, capsys
+):
+    given = ["--tokenizer", str(straight / "tokenizer.json")]
+    small = arguments(texts, tmp_path / "a", *given, "--model.vocab-size", "290")
+    assert main(small) == 1
+    assert "--model.vocab-size 300" in capsys.readouterr().err
+
+
+def test_a_preset_sets_shape_and_settings_and_can_be_overridden():
+    config = parse(["--preset", "60M", "--steps", "7", "--model.num-layers", "3"])
+    assert (config.model.hidden_size, config.model.num_layers) == (512, 3)
+    assert (config.optimization.rank, config.run.batch_size) == (128, 512)
+    assert (config.run.steps, config.text.sequence_length) == (7, 256)
+    assert config.run_dir == Path("runs/60M-natural_galore")
+    assert parse([]) == preset("demo")
+    assert parse(["--optimizer", "adamw"]).run_dir == Path("runs/demo-adamw")
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "steps"),
+    [
+        ("60M", 128, 10_000),
+        ("130M", 256, 20_000),
+        ("350M", 256, 60_000),
+        ("1B", 512, 100_000),
+    ],
+)
+def test_published_runs(name, rank, steps):
+    config = preset(name)
+    assert (config.optimization.rank, config.run.steps) == (rank, steps)
+    assert (config.text.sequence_length, config.run.batch_size) == (256, 512)
+    assert config.optimization.warmup_fraction == 0.1
+    assert config.optimization.final_fraction == 0.1
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("--optimizer", "--mesh.fsdp", "--model.dtype", "Peak learning rate"):
+        assert part in text
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--batch-size", "6", "--microbatches", "4"])

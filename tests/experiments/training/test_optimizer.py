@@ -1,0 +1,205 @@
+"""The choice of an optimizer: same leaves, same rest, each method as it says."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ngalore_jax as ng
+from experiments.configs import DEFAULT_LEARNING_RATE, OptimizerConfig
+from experiments.training.optimizer import (
+    adamw_state_bytes,
+    build_optimizer,
+    learning_rate_schedule,
+    matrix_labels,
+    per_layer,
+)
+
+METHODS = tuple(DEFAULT_LEARNING_RATE)
+STEPS = 20
+ADAM_RATE = 0.05
+
+
+def make_params(seed: int = 0) -> optax.Params:
+    """Leaves named and shaped as the Llama's; two stacked layers."""
+    shapes = {
+        "embed_tokens": {"embedding": (12, 8)},
+        "layers": {
+            "attention": {"q_proj": {"kernel": (2, 8, 8)}},
+            "input_norm": {"scale": (2, 8)},
+            "mlp": {"up_proj": {"kernel": (2, 8, 10)}},
+        },
+        "lm_head": {"kernel": (8, 12)},
+        "norm": {"scale": (8,)},
+    }
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(random.normal(size=shape), jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def config_of(name: str, **settings) -> OptimizerConfig:
+    defaults = {"rank": 3, "update_proj_gap": 2, "history": 3}
+    return OptimizerConfig(
+        optimizer=name, adam_learning_rate=ADAM_RATE, **(defaults | settings)
+    )
+
+
+def identity(params: optax.Params) -> optax.Params:
+    return params
+
+
+@functools.cache
+def third_updates(config: OptimizerConfig, transform=identity) -> optax.Updates:
+    """Updates of the third step, where the parameters are `transform`ed ones."""
+    optimizer = build_optimizer(config, learning_rate=1e-2, steps=STEPS)
+    params = transform(make_params())
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for seed in (1, 2, 3):
+        updates, state = update(transform(make_params(seed)), state, params)
+    return updates
+
+
+def unstack(tree: optax.Params) -> optax.Params:
+    """The kernels of each layer as leaves of their own."""
+    q = tree["layers"]["attention"]["q_proj"]["kernel"]
+    up = tree["layers"]["mlp"]["up_proj"]["kernel"]
+    return {
+        f"layer{i}": {"q": {"kernel": q[i]}, "up": {"kernel": up[i]}} for i in range(2)
+    }
+
+
+def up_kernel(tree: optax.Params) -> jax.Array:
+    return tree["layers"]["mlp"]["up_proj"]["kernel"]
+
+
+def test_only_hidden_kernels_are_matrices():
+    labels = matrix_labels(make_params())
+    assert labels == {
+        "embed_tokens": {"embedding": "other"},
+        "layers": {
+            "attention": {"q_proj": {"kernel": "matrix"}},
+            "input_norm": {"scale": "other"},
+            "mlp": {"up_proj": {"kernel": "matrix"}},
+        },
+        "lm_head": {"kernel": "other"},
+        "norm": {"scale": "other"},
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_but_the_matrices_take_adam_at_its_own_rate(name):
+    updates = third_updates(config_of(name, weight_decay=0.1))
+    adam = optax.adam(learning_rate_schedule(config_of(name), ADAM_RATE, STEPS))
+    state = adam.init(make_params())
+    for seed in (1, 2, 3):
+        expected, state = adam.update(make_params(seed), state)
+
+    def rest(tree):
+        layers = {"input_norm": tree["layers"]["input_norm"]}
+        return tree | {"layers": layers}
+
+    chex.assert_trees_all_close(rest(updates), rest(expected), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_matrices_decay_by_weight_decay_times_learning_rate(name):
+    plain = up_kernel(third_updates(config_of(name)))
+    decayed = up_kernel(third_updates(config_of(name, weight_decay=0.1)))
+    rate = float(learning_rate_schedule(config_of(name), 1e-2, STEPS)(2))
+    decay = -0.1 * rate * up_kernel(make_params())
+    np.testing.assert_allclose(decayed - plain, decay, atol=1e-6)
+
+
+def test_methods_differ_on_the_matrices():
+    seen = [up_kernel(third_updates(config_of(name))) for name in METHODS]
+    for i, first in enumerate(seen):
+        for second in seen[i + 1 :]:
+            assert not np.allclose(first, second, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stacked_layers_are_trained_as_separate_matrices(name):
+    stacked = unstack(third_updates(config_of(name)))
+    separate = third_updates(config_of(name), unstack)
+    chex.assert_trees_all_close(stacked, separate, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["galore", "optax_galore"])
+def test_galore_updates_have_the_rank_asked_for(name):
+    kernel = up_kernel(third_updates(config_of(name)))
+    assert np.linalg.matrix_rank(kernel, tol=1e-6).tolist() == [3, 3]
+
+
+def test_the_residual_reaches_natural_galore():
+    full = up_kernel(third_updates(config_of("natural_galore")))
+    dropped = up_kernel(third_updates(config_of("natural_galore", residual=None)))
+    assert min(np.linalg.matrix_rank(full, tol=1e-7)) > 3
+    assert np.linalg.matrix_rank(dropped, tol=1e-7).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_states_are_saved_as_arrays_with_elements(name):
+    # Orbax refuses arrays of size zero.
+    optimizer = build_optimizer(config_of(name), learning_rate=1e-2, steps=STEPS)
+    state = jax.eval_shape(optimizer.init, make_params())
+    assert all(leaf.size > 0 for leaf in jax.tree.leaves(state))
+
+
+def test_clipping_bounds_the_gradient():
+    # Adam hides a gradient's scale, so the first moment is looked at.
+    optimizer = build_optimizer(
+        config_of("adamw", clip_norm=1e-3), learning_rate=1e-2, steps=STEPS
+    )
+    params = make_params()
+    _, state = optimizer.update(make_params(1), optimizer.init(params), params)
+    moments = [
+        moment
+        for path, moment in jax.tree.leaves_with_path(state)
+        if ".mu" in jax.tree_util.keystr(path)
+    ]
+    np.testing.assert_allclose(optax.tree.norm(moments), 0.1 * 1e-3, rtol=1e-4)
+
+
+def test_adamw_bytes_are_twice_the_parameters_and_need_no_arrays():
+    params = make_params()
+    abstract = jax.eval_shape(lambda: params)
+    size = ng.state_bytes(params)
+    assert 2 * size < adamw_state_bytes(abstract) <= 2 * size + 8
+
+
+def test_schedule_rises_and_falls_to_its_end():
+    config = OptimizerConfig(warmup_fraction=0.1, final_fraction=0.1)
+    schedule = learning_rate_schedule(config, 1.0, 100)
+    rates = [float(schedule(step)) for step in range(101)]
+    assert 0 < rates[0] < 0.2
+    assert np.argmax(rates) == 10
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.55, abs=1e-3)
+    assert rates[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_schedule_of_a_single_step(fraction):
+    config = OptimizerConfig(warmup_fraction=fraction)
+    assert float(learning_rate_schedule(config, 1.0, 1)(0)) == pytest.approx(1.0)
+
+
+def test_per_layer_merges_what_it_split():
+    def double(updates, state, params=None):
+        assert all(leaf.ndim <= 2 for leaf in jax.tree.leaves((updates, params)))
+        return jax.tree.map(lambda x: 2 * x, updates), state
+
+    tree = {"stack": jnp.arange(24.0).reshape(2, 3, 4), "flat": jnp.ones((3, 4))}
+    transform = per_layer(optax.GradientTransformation(lambda p: p, double))
+    updates, state = transform.update(tree, transform.init(tree), tree)
+    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [(3, 4)] * 3
+    np.testing.assert_array_equal(updates["stack"], 2 * tree["stack"])
+    np.testing.assert_array_equal(updates["flat"], 2 * tree["flat"])

@@ -1,0 +1,264 @@
+"""``natural_galore`` and ``galore``: the chains they are, decay, schedules, paper."""
+
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ngalore_jax as ng
+from tests.ngalore_jax import reference
+
+SHAPES = {"tall": (9, 5), "wide": (5, 9), "embed": (7, 4), "bias": (5,)}
+LABELS = {"tall": "matrix", "wide": "matrix", "embed": "other", "bias": "other"}
+
+
+def params(dtype=np.float32):
+    rng = np.random.default_rng(7)
+    return {k: rng.normal(size=s).astype(dtype) for k, s in SHAPES.items()}
+
+
+def stream(steps, dtype=np.float32):
+    parts = {
+        name: reference.gradients(i, steps, *shape)
+        for i, (name, shape) in enumerate(SHAPES.items())
+    }
+    return [
+        {name: part[t].astype(dtype) for name, part in parts.items()}
+        for t in range(steps)
+    ]
+
+
+def run(tx, steps=5, dtype=np.float32):
+    """Updates at fixed parameters."""
+    update, state, out = jax.jit(tx.update), tx.init(params(dtype)), []
+    for g in stream(steps, dtype):
+        u, state = update(g, state, params(dtype))
+        out.append(u)
+    return out
+
+
+def by_hand(matrix, learning_rate, decay=None):
+    return optax.chain(
+        optax.partition({"matrix": matrix, "other": optax.scale_by_adam()}, LABELS),
+        decay or optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def test_natural_galore_is_its_chain():
+    inner = optax.chain(
+        ng.scale_by_natural_gradient(20, 1e-3), ng.scale_by_subspace_adam()
+    )
+    expected = by_hand(ng.low_rank(inner, 2, 3, 0.25, residual=2.0), 0.1)
+    actual = ng.natural_galore(0.1, rank=2, update_proj_gap=3)
+    chex.assert_trees_all_close(run(actual), run(expected), rtol=1e-5, atol=1e-7)
+
+
+def test_galore_is_its_chain():
+    inner = ng.scale_by_subspace_adam()
+    expected = by_hand(ng.low_rank(inner, 2, 3, 0.25), 0.1)
+    actual = ng.galore(0.1, rank=2, update_proj_gap=3)
+    chex.assert_trees_all_close(run(actual), run(expected), rtol=1e-5, atol=1e-7)
+
+
+def test_every_argument_reaches_its_part():
+    inner = optax.chain(
+        ng.scale_by_natural_gradient(
+            3,
+            0.5,
+            relative_damping=True,
+            at_refresh="keep",
+            history_dtype=jnp.bfloat16,
+        ),
+        ng.scale_by_subspace_adam(0.8, 0.95, 1e-4, at_refresh="reset"),
+    )
+    names = ng.MatrixDimensionNumbers(0, 1)
+    settings = dict(
+        projector=ng.eigh(),
+        residual=0.5,
+        side="larger",
+        clip_rank=True,
+        weight_dimension_numbers=names,
+    )
+    matrix = ng.low_rank(inner, 6, 2, 0.7, **settings)
+    labels = {**LABELS, "embed": "matrix"}
+    expected = optax.chain(
+        optax.partition(
+            {"matrix": matrix, "other": optax.scale_by_adam(0.8, 0.95, 1e-4)}, labels
+        ),
+        optax.add_decayed_weights(0.3, labels_are_tall),
+        optax.scale_by_learning_rate(0.1),
+    )
+    actual = ng.natural_galore(
+        0.1,
+        6,
+        2,
+        0.7,
+        3,
+        0.5,
+        0.8,
+        0.95,
+        1e-4,
+        0.3,
+        labels_are_tall,
+        relative_damping=True,
+        history_at_refresh="keep",
+        moments_at_refresh="reset",
+        history_dtype=jnp.bfloat16,
+        **settings,
+    )
+    chex.assert_trees_all_close(run(actual), run(expected), rtol=1e-4, atol=1e-6)
+
+
+def labels_are_tall(tree):
+    return {name: name == "tall" for name in tree}
+
+
+def test_signatures_hold_the_contract():
+    natural = inspect.signature(ng.natural_galore).parameters
+    defaults = {name: p.default for name, p in natural.items()}
+    contract = dict(
+        rank=128,
+        update_proj_gap=200,
+        scale=0.25,
+        history=20,
+        damping=1e-3,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        mask=None,
+        projector=None,
+    )
+    assert list(natural)[: len(contract) + 1] == ["learning_rate", *contract]
+    assert {name: defaults[name] for name in contract} == contract
+    galore = inspect.signature(ng.galore).parameters
+    assert list(galore)[:4] == ["learning_rate", "rank", "update_proj_gap", "scale"]
+    assert galore["residual"].default is None
+
+
+@pytest.mark.parametrize("mask", [None, {**dict.fromkeys(SHAPES, True), "bias": False}])
+def test_weight_decay_is_decoupled_and_acts_in_full_space(mask):
+    make = ng.natural_galore
+    plain = run(make(0.1, 2, 3))
+    decayed = run(make(0.1, 2, 3, weight_decay=0.5, mask=mask))
+    for u, v in zip(plain, decayed):
+        for name, w in params().items():
+            expected = 0.0 if mask and not mask[name] else -0.1 * 0.5 * w
+            chex.assert_trees_all_close(
+                np.asarray(v[name] - u[name]), expected + np.zeros_like(w), atol=1e-6
+            )
+
+
+def test_a_mask_may_be_a_function_of_the_parameters():
+    tree = {name: len(shape) == 2 for name, shape in SHAPES.items()}
+    by_tree = ng.galore(0.1, 2, 3, weight_decay=0.5, mask=tree)
+    by_function = ng.galore(
+        0.1,
+        2,
+        3,
+        weight_decay=0.5,
+        mask=lambda p: jax.tree.map(lambda x: x.ndim == 2, p),
+    )
+    chex.assert_trees_all_equal(run(by_tree, 2), run(by_function, 2))
+
+
+def test_learning_rates_may_be_schedules():
+    schedule = optax.linear_schedule(1.0, 0.0, 4)
+    scheduled = run(ng.natural_galore(schedule, 2, 3))
+    constant = run(ng.natural_galore(1.0, 2, 3))
+    for t, (u, v) in enumerate(zip(scheduled, constant)):
+        scaled = jax.tree.map(lambda x, t=t: (1 - t / 4) * x, v)
+        chex.assert_trees_all_close(u, scaled, rtol=1e-5)
+
+
+@pytest.mark.parametrize("other", [0.3, optax.linear_schedule(0.3, 0.0, 3)])
+def test_adam_learning_rate_is_for_the_leaves_that_are_not_projected(other):
+    arguments = dict(rank=2, update_proj_gap=3, weight_decay=0.5)
+    both = run(ng.natural_galore(0.1, adam_learning_rate=other, **arguments), 3)
+    slow = run(ng.natural_galore(0.1, **arguments), 3)
+    for t, (u, v) in enumerate(zip(both, slow)):
+        rate = other(t) if callable(other) else other
+        for name, label in LABELS.items():
+            factor = 1.0 if label == "matrix" else rate / 0.1
+            chex.assert_trees_all_close(u[name], factor * v[name], rtol=1e-5)
+
+
+def test_leaves_that_are_not_projected_take_adam():
+    updates = run(ng.natural_galore(0.1, 2, 3))
+    for name in ("embed", "bias"):
+        adam = reference.Adam()
+        for g, u in zip(stream(5), updates):
+            expected = np.float32(-0.1 * adam(np.float64(g[name])))
+            chex.assert_trees_all_close(u[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bad_gradient_of_a_leaf_with_adam_counts_as_zero():
+    tx = ng.natural_galore(0.1, 2, 3)
+    update = jax.jit(tx.update)
+    bad, zeroed = stream(1)[0], stream(1)[0]
+    bad["embed"][2, 1] = np.nan
+    zeroed["embed"][:] = 0
+    state = tx.init(params())
+    chex.assert_trees_all_equal(
+        update(bad, state, params()), update(zeroed, state, params())
+    )
+
+
+def test_the_paper_preset_is_the_published_method():
+    """Nothing follows the basis, eps 1e-6, decay after the update; three refreshes."""
+    published = dict(
+        update_proj_gap=200, scale=0.25, history=20, damping=1e-3, eps=1e-6
+    )
+    assert {name: ng.PAPER[name] for name in published} == published
+    settings = {**ng.PAPER, "update_proj_gap": 3, "history": 4}
+    with jax.enable_x64(True):
+        tx = ng.natural_galore(0.01, 2, weight_decay=0.1, **settings)
+        update, state, out, bases = (
+            jax.jit(tx.update),
+            tx.init(params(np.float64)),
+            [],
+            [],
+        )
+        for g in stream(8, np.float64):
+            u, state = update(g, state, params(np.float64))
+            out.append(jax.tree.map(np.asarray, u))
+            bases.append(basis_of(state))
+    for name in ("tall", "wide"):
+        matrix = reference.Matrix(
+            2, 3, 0.25, left=name == "wide", history=4, damping=1e-3, eps=1e-6
+        )
+        for t, g in enumerate(stream(8, np.float64)):
+            direction = matrix.step(g[name], np.asarray(bases[t][name]))
+            expected = -0.01 * (direction + 0.1 * params(np.float64)[name])
+            chex.assert_trees_all_close(out[t][name], expected, atol=1e-8)
+
+
+def basis_of(state):
+    (low_rank,) = [
+        node
+        for node in jax.tree.leaves(
+            state, is_leaf=lambda x: isinstance(x, ng.LowRankState)
+        )
+        if isinstance(node, ng.LowRankState)
+    ]
+    return low_rank.projector
+
+
+def test_the_preset_cannot_be_changed_by_accident():
+    with pytest.raises(TypeError):
+        ng.PAPER["scale"] = 1.0
+
+
+@pytest.mark.parametrize("alias", [ng.natural_galore, ng.galore])
+def test_aliases_pass_errors_on(alias):
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        alias(0.1, rank=0)
+    with pytest.raises(ValueError, match="at_refresh must be one of"):
+        alias(0.1, rank=2, moments_at_refresh="turn")
+    with pytest.raises(ValueError, match="rank=6 is larger than a side"):
+        alias(0.1, rank=6).init(params())

@@ -1,0 +1,170 @@
+"""The gradient outside the subspace: formulas, limiter, edges."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ngalore_jax as ng
+from tests.ngalore_jax import reference
+
+
+def run(tx, stream):
+    update = jax.jit(tx.update)
+    state = tx.init(jnp.zeros(stream[0].shape))
+    updates, states = [], []
+    for g in stream:
+        u, state = update(jnp.asarray(g, jnp.float32), state)
+        updates.append(np.asarray(u, np.float64))
+        states.append(state)
+    return updates, states
+
+
+def only_residual(residual, rank=2, gap=3, scale=1.0):
+    """``low_rank`` whose inside is silent: updates are the added term alone."""
+    return ng.low_rank(optax.set_to_zero(), rank, gap, scale, residual=residual)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_equals_the_formulas(shape):
+    """Over three refreshes: neither energies nor the count start again there."""
+    stream = reference.gradients(0, 8, *shape)
+    rule = ng.compensation(1.5, decay=0.9, max_growth=1.05)
+    updates, states = run(only_residual(rule, scale=0.5), stream)
+    expected = reference.Compensation(1.5, decay=0.9, max_growth=1.05)
+    for g, u, state in zip(stream, updates, states):
+        if shape[0] > shape[1]:
+            g, u = g.T, u.T
+        p = np.asarray(state.projector, np.float64)
+        r = p.T @ g
+        term = expected(g, p @ r, r, p.shape[0] - 2)
+        chex.assert_trees_all_close(u, 0.5 * term, atol=1e-3)
+        energy = np.float32(expected.p)
+        chex.assert_trees_all_close(state.residual.energy, energy, rtol=1e-3)
+        chex.assert_trees_all_close(
+            state.residual.norm, np.float32(expected.norm), rtol=1e-3
+        )
+
+
+def test_entries_of_the_first_term_are_about_the_weight():
+    """Bias correction: without it they would be thirty times larger."""
+    (u,), _ = run(only_residual(2.0, 4), reference.gradients(0, 1, 12, 300))
+    root_mean_square = np.sqrt(np.mean(u**2))
+    # E of norm sqrt(p) a column, times sqrt(8), in columns of 12 entries.
+    chex.assert_trees_all_close(root_mean_square, 2 * np.sqrt(8 / 12), rtol=1e-3)
+
+
+def test_the_added_term_lies_outside_the_subspace():
+    updates, states = run(only_residual(1.0), reference.gradients(0, 5, 6, 9))
+    for u, state in zip(updates, states):
+        inside = np.asarray(state.projector, np.float64).T @ u
+        assert np.linalg.norm(inside) < 1e-4 * np.linalg.norm(u)
+
+
+def test_the_limiter_lets_the_norm_grow_by_one_percent_a_step():
+    stream = reference.gradients(0, 12, 5, 9)
+    # A tenfold jump of the gradient is a jump of the term while energies lag behind.
+    stream = [g * (10.0 if t >= 4 else 1.0) for t, g in enumerate(stream)]
+    updates, _ = run(only_residual(1.0, gap=100), stream)
+    norms = np.array([np.linalg.norm(u) for u in updates])
+    growth = norms[1:] / norms[:-1]
+    assert np.max(growth) < 1.01 + 1e-4
+    chex.assert_trees_all_close(growth[3:7], np.full(4, 1.01), atol=1e-4)
+    free, _ = run(only_residual(ng.compensation(1.0, max_growth=1e9), gap=100), stream)
+    assert np.linalg.norm(free[4]) > 1.5 * np.linalg.norm(free[3])
+
+
+def test_a_smaller_norm_is_let_through_and_becomes_the_limit():
+    stream = reference.gradients(0, 6, 5, 9)
+    stream = [g * (1.0 if t in (0, 1, 3) else 0.1) for t, g in enumerate(stream)]
+    updates, _ = run(only_residual(1.0, gap=100), stream)
+    norms = [np.linalg.norm(u) for u in updates]
+    assert norms[2] < 0.5 * norms[1]
+    chex.assert_trees_all_close(norms[3], 1.01 * norms[2], rtol=1e-4)
+
+
+def test_a_step_without_gradient_adds_nothing_and_keeps_the_limit():
+    stream = reference.gradients(0, 4, 5, 9)
+    stream[2] = np.zeros((5, 9))
+    updates, states = run(only_residual(1.0, gap=100), stream)
+    assert np.all(updates[2] == 0)
+    chex.assert_trees_all_equal(states[2].residual.norm, states[1].residual.norm)
+    assert 0 < np.linalg.norm(updates[3]) < 1.011 * np.linalg.norm(updates[1])
+
+
+def adam_with(residual, rank):
+    return ng.low_rank(
+        ng.scale_by_subspace_adam(),
+        rank,
+        3,
+        0.25,
+        projector=ng.svd(),
+        residual=residual,
+    )
+
+
+def test_zero_codimension_and_zero_weight_equal_no_residual():
+    stream = reference.gradients(0, 7, 4, 9)
+    for residual, rank in ((2.0, 4), (0.0, 2)):
+        updates, _ = run(adam_with(residual, rank), stream)
+        expected, states = run(adam_with(None, rank), stream)
+        chex.assert_trees_all_close(updates, expected, atol=1e-5)
+        assert not jax.tree.leaves(states[-1].residual)
+
+
+def test_a_gradient_inside_the_subspace_is_not_amplified():
+    rng = np.random.default_rng(0)
+    span = rng.normal(size=(8, 2))
+    stream = [span @ rng.normal(size=(2, 20)) for _ in range(10)]
+    updates, _ = run(only_residual(1.0, gap=5), stream)
+    for u in updates:
+        assert np.sqrt(np.mean(u**2)) < 1e-2
+
+
+def test_columns_without_gradient_get_none():
+    stream = reference.gradients(0, 5, 4, 9)
+    for g in stream:
+        g[:, 3] = 0
+    updates, states = run(only_residual(1.0), stream)
+    for u, state in zip(updates, states):
+        chex.assert_tree_all_finite((u, state))
+        assert np.all(u[:, 3] == 0)
+
+
+def test_a_number_is_the_weight_of_compensation():
+    stream = reference.gradients(0, 4, 5, 9)
+    by_number, _ = run(only_residual(0.4), stream)
+    by_rule, _ = run(only_residual(ng.compensation(0.4)), stream)
+    twice, _ = run(only_residual(ng.compensation(0.8)), stream)
+    chex.assert_trees_all_equal(by_number, by_rule)
+    chex.assert_trees_all_close(twice, [2 * u for u in by_number], atol=1e-5)
+
+
+def test_a_rule_of_ones_own():
+    """``d = 1`` puts the whole gradient back: with no inside that leaves G - P R."""
+
+    def column_scale(energy, norm, count, total, inside, codimension):
+        del count, total, codimension
+        return jnp.ones_like(inside), energy, norm
+
+    stream = reference.gradients(0, 4, 5, 9)
+    updates, states = run(only_residual(ng.Residual(column_scale)), stream)
+    for g, u, state in zip(stream, updates, states):
+        p = np.asarray(state.projector, np.float64)
+        chex.assert_trees_all_close(u, g - p @ (p.T @ g), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (dict(weight=-1.0), "weight must be at least 0, got -1.0"),
+        (dict(decay=1.0), "decay must be in .0, 1., got 1.0"),
+        (dict(decay=-0.1), "decay must be in"),
+        (dict(max_growth=1.0), "max_growth must be above 1, got 1.0"),
+    ],
+)
+def test_wrong_arguments_say_what_is_needed(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        ng.compensation(**arguments)
