@@ -1,5 +1,7 @@
 """``low_rank`` against the float64 reference: whole trajectories, and its promises."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -150,7 +152,7 @@ def test_refreshes_at_multiples_of_the_gap_only(projector):
     _, states = run(tx, stream)
     assert [int(state.count) for state in states] == list(range(1, 9))
     bases = [np.asarray(state.projector["w"]) for state in states]
-    changed = [not np.array_equal(a, b) for a, b in zip(bases[:-1], bases[1:])]
+    changed = [not np.array_equal(a, b) for a, b in itertools.pairwise(bases)]
     assert changed == [False, False, True, False, False, True, False]
     initial = tx.init({"w": jnp.zeros((6, 8))}).projector["w"]
     chex.assert_trees_all_equal(np.asarray(initial), np.eye(6, 2, dtype=np.float32))
@@ -159,7 +161,12 @@ def test_refreshes_at_multiples_of_the_gap_only(projector):
 
 @pytest.mark.parametrize(
     ("projector", "batch"),
-    [(name, (3,)) for name in PROJECTORS] + [("subspace_iteration", (2, 2))],
+    [
+        ("svd", (3,)),
+        ("eigh", (3,)),
+        ("gaussian", (3,)),
+        ("subspace_iteration", (2, 2)),
+    ],
 )
 def test_stacked_matrices_equal_separate_ones(projector, batch):
     # Scales far apart: nothing may be normalised over the stack.
@@ -184,11 +191,9 @@ def test_stacked_matrices_equal_separate_ones(projector, batch):
 KERNELS = [
     # shape, dimension numbers, and the leaf as (batch, rows, columns) by hand
     ((6, 2, 4), (0, (1, 2)), lambda x: x.reshape(1, 6, 8)),
-    ((2, 4, 6), ((0, 1), 2), lambda x: x.reshape(1, 8, 6)),
     ((3, 6, 2, 4), (1, (2, 3)), lambda x: x.reshape(3, 6, 8)),
     ((4, 6, 2), ((0, 2), 1), lambda x: np.moveaxis(x, 2, 1).reshape(1, 8, 6)),
     ((6, 3, 8), (0, -1), lambda x: np.moveaxis(x, 1, 0)),
-    ((3, 3, 2, 4), ((0, 1, 2), 3), lambda x: x.reshape(1, 18, 4)),
 ]
 
 
@@ -276,10 +281,9 @@ def test_scale_multiplies_the_update_only(residual):
     chex.assert_trees_all_close(states, same, rtol=1e-6)
 
 
-@pytest.mark.parametrize("policy", ["rotate", "reset"])
-def test_static_programs_equal_the_conditional_one(policy):
+def test_static_programs_equal_the_conditional_one():
     stream = jax.tree.map(np.float32, streams({"w": (5, 7), "bias": (5,)}, 7))
-    tx = ng.low_rank(natural_adam(policy), 2, 3, residual=1.0)
+    tx = ng.low_rank(natural_adam(), 2, 3, residual=1.0)
     updates, states = run(tx, stream)
     programs = {
         static: jax.jit(lambda g, s, r=static: tx.update(g, s, refresh=r))

@@ -132,5 +132,5 @@ def test_a_bfloat16_first_moment_stays_bfloat16_through_a_rotation():
 
 
 def test_unknown_policy_is_an_error():
-    with pytest.raises(ValueError, match="at_refresh must be one of .*got 'turn'"):
+    with pytest.raises(ValueError, match=r"at_refresh must be one of .*got 'turn'"):
         ng.scale_by_subspace_adam(at_refresh="turn")

@@ -1,5 +1,7 @@
 """The bases: orthonormal, leading, continuous, deterministic."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -190,7 +192,7 @@ def test_the_seed_decides_and_nothing_else(factory):
 def test_gaussian_bases_differ_between_refreshes_and_ignore_the_gradient():
     refresh, start = jax.jit(ng.gaussian(3)), identity_basis()
     bases = [refresh(gradient(M, N), start, count(step)) for step in (0, 200, 400)]
-    for a, b in zip(bases, bases[1:]):
+    for a, b in itertools.pairwise(bases):
         assert np.linalg.norm(np.asarray(a.T @ b)) ** 2 < 0.8 * R
     other = refresh(gradient(M, N, seed=9), bases[0], count(0))
     chex.assert_trees_all_equal(bases[0], other)

@@ -123,6 +123,17 @@ def test_a_gradient_inside_the_subspace_is_not_amplified():
         assert np.sqrt(np.mean(u**2)) < 1e-2
 
 
+def test_an_energy_that_is_rounding_does_not_set_the_weight():
+    """One bit of difference between the column norms, from low-precision products."""
+    total = jnp.ones(3)
+    inside = 1 - jnp.array([0.5, 2.0**-24, 0.0])
+    weight, _, _ = ng.compensation(1.0).column_scale(
+        jnp.zeros(3), jnp.zeros(()), jnp.asarray(0, jnp.int32), total, inside, 4
+    )
+    chex.assert_trees_all_close(weight[0], jnp.sqrt(4 / 0.5), rtol=1e-4)
+    assert np.max(weight) < 1.01 * np.sqrt(4 / 1e-6)
+
+
 def test_columns_without_gradient_get_none():
     stream = reference.gradients(0, 5, 4, 9)
     for g in stream:

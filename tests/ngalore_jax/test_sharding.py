@@ -1,12 +1,10 @@
-"""On eight devices: the same numbers, shardings as documented, no needless traffic.
+"""On eight devices: the numbers of one device, and shardings as documented.
 
 All leaves are views of one stack of eight 8 x 16 matrices (the side of 8 is
 projected), so that one unsharded run is the reference of all of them.
 """
 
 import functools
-import math
-import re
 from typing import NamedTuple
 
 import chex
@@ -19,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ngalore_jax as ng
-from tests.ngalore_jax.transforms import NAMES, low_rank_state, make
+from tests.ngalore_jax.transforms import NAMES, TRANSFORMS, low_rank_state, make
 
 RANK, HISTORY, GAP, STEPS = 2, 2, 2, 3  # refreshes at 0 and 2
 STACK, MATRIX, KERNEL = (8, 8, 16), (8, 16), (8, 8, 2)
@@ -57,7 +55,6 @@ LAYOUTS = {
     "stack, kept side": Layout(
         STACK, P(None, None, "x"), P(None, None, None), P(None, None, "x")
     ),
-    "kernel, projected side": Layout(KERNEL, P("x"), P(None, None), P(None, None)),
     "kernel, major kept axis": Layout(
         KERNEL, P(None, "x"), P(None, None), P(None, "x")
     ),
@@ -71,7 +68,6 @@ LAYOUTS_2D = {
     "stack, batch and kept side": Layout(
         STACK, P("x", None, "y"), P("x", None, None), P("x", None, "y")
     ),
-    "stack, batch twice": Layout(STACK, P(XY), P(XY, None, None), P(XY, None, None)),
 }
 CASES = [
     pytest.param(mesh, layout, id=name)
@@ -244,7 +240,10 @@ def test_bfloat16_leaves():
     assert types(states[-1]) == types(states[0])
     for update, expected in zip(updates, unsharded(), strict=True):
         assert update.dtype == jnp.bfloat16
-        np.testing.assert_allclose(update.astype(np.float32), expected, rtol=2**-6)
+        # Rounded three times, the terms of up to 0.2 before they cancel.
+        np.testing.assert_allclose(
+            update.astype(np.float32), expected, rtol=2**-6, atol=1e-3
+        )
 
 
 def test_natural_gradient_outside_low_rank():
@@ -269,20 +268,34 @@ def test_natural_gradient_outside_low_rank():
     chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("skip", [False, True], ids=["alone", "apply_if_finite"])
-def test_types_are_stable_under_explicit_axes(name, skip):
-    """Traced only: a scan refuses a state whose sharding changes."""
-    tx = optax.apply_if_finite(make(name), 2) if skip else make(name)
-    mesh = make_mesh("xy", AxisType.Explicit)
+def inject(name):
+    """Every number becomes an array, but those that shape the state."""
+    factory, kwargs = TRANSFORMS[name]
+    static = {"inner", "rank", "history", "projector"} & set(kwargs)
+    return optax.inject_hyperparams(factory, static)(**kwargs)
 
-    def steps(params):
+
+WRAPPERS = {
+    "alone": make,
+    "apply_if_finite": lambda name: optax.apply_if_finite(make(name), 2),
+    "multi_steps": lambda name: optax.MultiSteps(make(name), 2),
+    "inject_hyperparams": inject,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_types_are_stable_under_explicit_axes(name, wrap):
+    """Traced only: a scan refuses a state whose sharding changes."""
+    tx, mesh = wrap(name), make_mesh("xy", AxisType.Explicit)
+
+    def steps(params, state):
         def body(state, _):
             updates, state = tx.update(params, state, params)
             assert types(updates) == types(params)
             return state, None
 
-        return jax.lax.scan(body, tx.init(params), length=2)[0]
+        return jax.lax.scan(body, state, length=2)[0]
 
     with jax.set_mesh(mesh):
         params = {
@@ -290,66 +303,12 @@ def test_types_are_stable_under_explicit_axes(name, skip):
             "stack": _abstract(mesh, STACK, P("y", None, "x")),
             "bias": _abstract(mesh, (8,), P("x")),
         }
-        jax.eval_shape(steps, params)
+        state = jax.tree.map(
+            lambda x: _abstract(mesh, x.shape, jax.typeof(x).sharding.spec, x.dtype),
+            jax.eval_shape(tx.init, params),
+        )
+        jax.eval_shape(steps, params, state)
 
 
-def _abstract(mesh, shape, spec):
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
-
-
-# Traffic ----------------------------------------------------------------------------
-
-_COLLECTIVE = re.compile(
-    r"= (?P<result>\(.*?\)|\S+) "
-    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(-start)?\("
-)
-
-
-def communicated(tx, spec, **extra_args):
-    """Elements by dtype that the collectives of one compiled update produce."""
-    mesh = make_mesh("x", AxisType.Explicit)
-    with jax.set_mesh(mesh):
-        params = {"stack": _abstract(mesh, STACK, P(None, *spec))}
-        params["matrix"] = _abstract(mesh, MATRIX, P(*spec))
-        state = jax.eval_shape(tx.init, params)
-        update = jax.jit(lambda g, s, p: tx.update(g, s, p, **extra_args))
-        program = update.lower(params, state, params).compile().as_text()
-    total = {}
-    for collective in _COLLECTIVE.finditer(program):
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", collective["result"]):
-            size = math.prod(int(d) for d in shape.split(",") if d)
-            total[dtype] = total.get(dtype, 0) + size
-    return total
-
-
-MATRICES = 8 + 1
-# One flag a matrix: a NaN on one device makes the matrix's gradient zero on all.
-FLAGS = {"pred": MATRICES}
-
-
-@pytest.mark.parametrize(
-    ("tx", "expected"),
-    [
-        pytest.param(ng.galore(0.1, RANK, GAP), FLAGS, id="galore"),
-        pytest.param(
-            ng.natural_galore(0.1, RANK, GAP, history=3, residual=None),
-            # A row of the Gram matrix.
-            FLAGS | {"f32": 3 * MATRICES},
-            id="natural_galore",
-        ),
-        pytest.param(
-            ng.natural_galore(0.1, RANK, GAP, history=3),
-            # And the norm that the residual's limiter looks at.
-            FLAGS | {"f32": (3 + 1) * MATRICES},
-            id="natural_galore with residual",
-        ),
-    ],
-)
-def test_with_the_kept_side_sharded_a_steady_step_communicates_scalars(tx, expected):
-    assert communicated(tx, (None, "x"), refresh=False) == expected
-
-
-def test_with_the_projected_side_sharded_the_low_rank_gradient_is_reduced():
-    """Also shows that the count above sees a collective when there is one."""
-    traffic = communicated(ng.galore(0.1, RANK, GAP), ("x", None), refresh=False)
-    assert traffic["f32"] == RANK * 16 * MATRICES
+def _abstract(mesh, shape, spec, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

@@ -1,4 +1,8 @@
-"""A step without a refresh factorises nothing large and sums no Gram matrix anew."""
+"""What a step without a refresh does not do.
+
+It factorises nothing large, sums no Gram matrix anew, and between devices that share
+the kept side it moves a few numbers a matrix.
+"""
 
 import math
 import re
@@ -6,6 +10,8 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import ngalore_jax as ng
 
@@ -141,3 +147,65 @@ def test_compiled_steady_program_calls_no_factorisation(make):
 
     assert calls(refresh=False) <= {"potrf", "trsm"}
     assert "geqrf" in calls(refresh=True)
+
+
+_COLLECTIVE = re.compile(
+    r"= (?P<result>\(.*?\)|\S+) "
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(-start)?\("
+)
+
+
+def communicated(tx, spec, **extra_args):
+    """Elements by dtype that the collectives of one compiled update produce."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    specs = {"layers": P(None, *spec), "w": P(*spec)}
+    with jax.set_mesh(mesh):
+        params = {
+            k: jax.ShapeDtypeStruct(
+                shape, jnp.float32, sharding=NamedSharding(mesh, specs[k])
+            )
+            for k, shape in SHARDED.items()
+        }
+        state = jax.eval_shape(tx.init, params)
+        update = jax.jit(lambda g, s, p: tx.update(g, s, p, **extra_args))
+        program = update.lower(params, state, params).compile().as_text()
+    total = {}
+    for collective in _COLLECTIVE.finditer(program):
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", collective["result"]):
+            size = math.prod(int(d) for d in shape.split(",") if d)
+            total[dtype] = total.get(dtype, 0) + size
+    return total
+
+
+SHARDED = {"w": (8, 16), "layers": (3, 8, 16)}
+MATRICES = 1 + 3
+# One flag a matrix: a NaN on one device makes the matrix's gradient zero on all.
+FLAGS = {"pred": MATRICES}
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        pytest.param(galore(), FLAGS, id="galore"),
+        pytest.param(
+            natural_galore(residual=None),
+            # A row of the Gram matrix.
+            FLAGS | {"f32": HISTORY * MATRICES},
+            id="natural_galore",
+        ),
+        pytest.param(
+            natural_galore(),
+            # And the norm that the residual's limiter looks at.
+            FLAGS | {"f32": (HISTORY + 1) * MATRICES},
+            id="natural_galore with residual",
+        ),
+    ],
+)
+def test_with_the_kept_side_sharded_a_steady_step_communicates_scalars(tx, expected):
+    assert communicated(tx, (None, "x"), refresh=False) == expected
+
+
+def test_with_the_projected_side_sharded_the_low_rank_gradient_is_reduced():
+    """Also shows that the count above sees a collective when there is one."""
+    traffic = communicated(galore(), ("x", None), refresh=False)
+    assert traffic["f32"] == RANK * 16 * MATRICES

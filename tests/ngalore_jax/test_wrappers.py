@@ -19,6 +19,10 @@ from tests.ngalore_jax.transforms import (
 )
 
 every_transform = pytest.mark.parametrize("name", NAMES)
+# The two left out differ from natural_galore in arguments that a wrapper never sees.
+every_structure = pytest.mark.parametrize(
+    "name", sorted(set(NAMES) - {"low_rank(natural+adam)", "natural_galore(PAPER)"})
+)
 
 
 def assert_close(actual, expected):
@@ -56,7 +60,7 @@ def test_inject_hyperparams_makes_numbers_of_the_state(name):
         assert_close(state.inner_state, run(name).states[-1])
 
 
-@every_transform
+@every_structure
 def test_multi_steps_accumulates_before_it(name):
     tx, weights = optax.MultiSteps(make(name), 2), params()
     state, update = tx.init(weights), jax.jit(tx.update)
@@ -77,7 +81,7 @@ def test_multi_steps_accumulates_before_it(name):
     assert int(state.gradient_step) == STEPS
 
 
-@every_transform
+@every_structure
 def test_apply_if_finite_skips_the_step(name):
     tx, weights = optax.apply_if_finite(make(name), 2), params()
     state, update = tx.init(weights), jax.jit(tx.update)
@@ -94,7 +98,7 @@ def test_apply_if_finite_skips_the_step(name):
     assert int(state.total_notfinite) == STEPS - 1
 
 
-@every_transform
+@every_structure
 def test_chain_with_clipping_masked_and_partition(name):
     """Each leaf sees the clipped gradient, and one wrapper leaves the other be."""
     weights = {**params(), "frozen": jnp.ones((4, 4)), "plain": jnp.ones((4, 4))}
