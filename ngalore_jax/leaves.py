@@ -109,9 +109,24 @@ class ProjectedLeaf:
                 residual=self.residual,
             )
             specs = self._specs(gradient)
+            # As operands: what is pinned must not close over a traced number.
+            numbers = tuple(
+                jnp.asarray(x, low.dtype) for x in self.residual.hyperparameters
+            )
             update, energy, norm = sharding.pinned(
                 fn, (full, specs.columns, specs.batch)
-            )(direction, basis, gradient, low, finite, energy, norm, count, scale)
+            )(
+                direction,
+                basis,
+                gradient,
+                low,
+                finite,
+                energy,
+                norm,
+                count,
+                scale,
+                numbers,
+            )
         return update.astype(gradient.dtype), energy, norm
 
     def _specs(self, leaf: Any) -> sharding.LeafSpecs:

@@ -219,6 +219,8 @@ def default_dimension_numbers(params: optax.Params) -> optax.Params:
         if leaf.ndim < 2:
             return None
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if names[-1] == "value":  # of an nnx.Variable: its module names the leaf
+            names.pop()
         full_rank = any(_EMBEDDING.fullmatch(name) for name in names) or any(
             _OUTPUT.fullmatch(name) for name in names[-2:]
         )
@@ -240,4 +242,10 @@ def _axes(axis: int | Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
                 f"weight_dimension_numbers names axis {a} of a leaf of shape {shape}, "
                 f"which has {len(shape)} axes."
             )
-    return tuple(a % len(shape) for a in axes)
+    axes = tuple(a % len(shape) for a in axes)
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"weight_dimension_numbers names an axis of a leaf of shape {shape} twice: "
+            f"{axis}."
+        )
+    return axes

@@ -59,7 +59,10 @@ def scale_by_natural_gradient(
     :math:`g/\lambda - H (\lambda I + K)^{-1} H^\top g/\lambda` (its Eq. 12), equal in
     exact arithmetic, which subtracts two numbers of size :math:`1/\lambda`. The
     damping here is never below the rounding of :math:`K`,
-    :math:`s\,\epsilon \max_j K_{jj}`, so that the Cholesky factor exists.
+    :math:`s\,\epsilon \max_j K_{jj}`, so that the Cholesky factor exists, and
+    where :math:`\lambda < 64\,\epsilon\,\mathrm{tr} K`, :math:`w_i` grows by
+    :math:`4 \epsilon \sum_j |w_j|`: a gradient that the past predicts to rounding
+    keeps its direction.
 
     Each matrix (the last two axes of a leaf; axes in front are batch) has a Fisher
     of its own. A leaf of fewer dimensions is one vector.
@@ -205,14 +208,20 @@ def push_through_weights(
     if relative_damping:
         filled = jnp.maximum(jnp.sum(diagonal > 0, axis=-1), 1)
         scale = jnp.sum(diagonal, axis=-1) / filled
-    floor = s * jnp.finfo(gram.dtype).eps * jnp.max(diagonal, axis=-1)
+    eps = jnp.finfo(gram.dtype).eps
+    floor = s * eps * jnp.max(diagonal, axis=-1)
     ridge = jnp.maximum(damping * scale, floor)
     # An all-zero history has nothing to damp: any positive ridge returns zero.
-    ridge = jnp.where(ridge > 0, ridge, 1)[..., None, None]
+    ridge = jnp.where(ridge > 0, ridge, 1)
     identity = jnp.eye(s, dtype=gram.dtype).reshape((1,) * (gram.ndim - 2) + (s, s))
-    factor = jnp.linalg.cholesky(gram + ridge * identity)
+    factor = jnp.linalg.cholesky(gram + ridge[..., None, None] * identity)
     unit = jnp.broadcast_to(jnp.arange(s) == slot, diagonal.shape).astype(gram.dtype)
-    return jax.scipy.linalg.cho_solve((factor, True), unit[..., None])[..., 0]
+    weights = jax.scipy.linalg.cho_solve((factor, True), unit[..., None])[..., 0]
+    # Under so little damping H w can be what rounding leaves of a sum that cancels.
+    # A few roundings' worth of g keep it pointing along g.
+    rounding = 4 * eps * jnp.sum(jnp.abs(weights), axis=-1)
+    weak = ridge < 64 * eps * jnp.sum(diagonal, axis=-1)
+    return weights + jnp.where(weak, rounding, 0)[..., None] * unit
 
 
 def rotate_history(

@@ -71,6 +71,7 @@ def project_back_with_residual(
     norm: jax.Array,
     count: jax.Array,
     scale: jax.Array,
+    hyperparameters: tuple[jax.Array, ...],
     *,
     view: MatrixView,
     residual: Residual,
@@ -79,6 +80,7 @@ def project_back_with_residual(
     matrix = view.to_matrix(gradient).astype(low.dtype)
     matrix = jnp.where(finite, matrix, 0)
     weights, energy, norm = residual.column_scale(
+        hyperparameters,
         energy,
         norm,
         count,

@@ -21,6 +21,7 @@ projector              cost of a refresh (FLOP)     follows the old basis
 ====================== ============================ ==============================
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -31,23 +32,28 @@ Projector = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 _HIGHEST = jax.lax.Precision.HIGHEST
 # From a Gaussian, this many further iterations reach the leading subspace well
 # enough; later refreshes start from the basis that training already uses.
-_COLD_START_ITERATIONS = 3
+_COLD_START_ITERATIONS = 7
+# Length of what is added to each old column, for the directions it is blind to.
+_EXPLORATION = 1e-3
 
 
 def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
     r"""Warm-started subspace iteration, the default projector.
 
     .. math::
+      P \leftarrow P + 10^{-3} m^{-1/2}\, \Omega, \qquad
       P \leftarrow \mathrm{qr}\left(G (G^\top P)\right), \quad R_{jj} > 0
 
-    The sign convention on the triangular factor makes the columns continuous from
-    one refresh to the next. A matrix that has had no refresh yet starts from a
-    Gaussian with three further iterations. Nothing larger than ``(m, r)`` is
-    factorised, which is what compiles in seconds on a TPU.
+    with :math:`\Omega` a standard Gaussian, drawn from the seed and the step, so that
+    a gradient orthogonal to the old basis is found too. The sign convention on the
+    triangular factor makes the columns continuous from one refresh to the next. A
+    matrix that has had no refresh yet starts from the Gaussian alone, with seven
+    further iterations. Nothing larger than ``(m, r)`` is factorised, which is what
+    compiles in seconds on a TPU.
 
     Args:
       iterations: Iterations at each refresh, at least 1.
-      seed: Seed of the Gaussian start, the same for all matrices of one shape.
+      seed: Seed of the Gaussians, which matrices of one shape share.
 
     Returns:
       A projector.
@@ -63,16 +69,13 @@ def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
         raise ValueError(f"iterations must be at least 1, got {iterations}.")
 
     def refresh(gradient: jax.Array, basis: jax.Array, count: jax.Array) -> jax.Array:
-        del count
-        start = jax.random.normal(jax.random.key(seed), basis.shape[-2:], basis.dtype)
-        untouched = jnp.eye(*basis.shape[-2:], dtype=basis.dtype)
+        m, r = basis.shape[-2:]
+        key = jax.random.fold_in(jax.random.key(seed), count)
         batch_ones = (1,) * (basis.ndim - 2)
-        cold = jnp.all(
-            basis == untouched.reshape(batch_ones + untouched.shape),
-            axis=(-2, -1),
-            keepdims=True,
-        )
-        basis = jnp.where(cold, start.reshape(batch_ones + start.shape), basis)
+        fresh = jax.random.normal(key, (m, r), basis.dtype).reshape(*batch_ones, m, r)
+        untouched = jnp.eye(m, r, dtype=basis.dtype).reshape(*batch_ones, m, r)
+        cold = jnp.all(basis == untouched, axis=(-2, -1), keepdims=True)
+        basis = jnp.where(cold, fresh, basis + _EXPLORATION / math.sqrt(m) * fresh)
 
         def iterate(i: jax.Array, basis: jax.Array) -> jax.Array:
             small = jnp.einsum(

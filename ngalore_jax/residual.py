@@ -33,14 +33,18 @@ class Residual(NamedTuple):
     """A rule for the weight of the gradient outside the subspace.
 
     Attributes:
-      column_scale: ``(energy, norm, count, total, inside, codimension) -> (d, energy,
-        norm)`` for a batch of matrices. ``energy`` ``(..., n)`` and ``norm`` ``(...)``
-        are the rule's state, zero at first; ``count`` the int32 step; ``total`` and
-        ``inside`` ``(..., n)`` the squared column norms of ``G`` and ``R``;
-        ``codimension`` is ``m - r``. ``d`` has shape ``(..., n)``.
+      column_scale: ``(hyperparameters, energy, norm, count, total, inside,
+        codimension) -> (d, energy, norm)`` for a batch of matrices. ``energy``
+        ``(..., n)`` and ``norm`` ``(...)`` are the rule's state, zero at first;
+        ``count`` the int32 step; ``total`` and ``inside`` ``(..., n)`` the squared
+        column norms of ``G`` and ``R``; ``codimension`` is ``m - r``. ``d`` has shape
+        ``(..., n)``.
+      hyperparameters: Its numbers. They may be traced, as
+        ``optax.inject_hyperparams`` makes them.
     """
 
     column_scale: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    hyperparameters: tuple[jax.typing.ArrayLike, ...]
 
 
 def compensation(
@@ -85,32 +89,33 @@ def compensation(
     _check("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
     _check("max_growth", max_growth, lambda x: x > 1, "above 1")
 
-    def column_scale(
-        energy: jax.Array,
-        norm: jax.Array,
-        count: jax.Array,
-        total: jax.Array,
-        inside: jax.Array,
-        codimension: int,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        beta = jnp.asarray(decay, energy.dtype)
-        outside = jnp.maximum(total - inside, 0)
-        energy = beta * energy + (1 - beta) * outside
-        corrected = energy / (1 - beta ** (count + 1))
-        denominator = corrected + _NOISE_FLOOR * total
-        inverse = jnp.where(
-            denominator > 0, codimension / jnp.where(denominator > 0, denominator, 1), 0
-        )
-        added = jnp.sqrt(jnp.sum(outside * inverse, axis=-1))
-        limit = jnp.where(norm > 0, max_growth * norm, added)
-        limited = jnp.minimum(added, limit)
-        shrink = jnp.where(added > 0, limited / jnp.where(added > 0, added, 1), 0)
-        # A step without a gradient says nothing about how large the term may be.
-        norm = jnp.where(added > 0, limited, norm)
-        scale = jnp.asarray(weight, energy.dtype) * shrink[..., None]
-        return scale * jnp.sqrt(inverse), energy, norm
+    return Residual(_compensate, (weight, decay, max_growth))
 
-    return Residual(column_scale)
+
+def _compensate(
+    hyperparameters: tuple[jax.Array, jax.Array, jax.Array],
+    energy: jax.Array,
+    norm: jax.Array,
+    count: jax.Array,
+    total: jax.Array,
+    inside: jax.Array,
+    codimension: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    weight, decay, max_growth = hyperparameters
+    outside = jnp.maximum(total - inside, 0)
+    energy = decay * energy + (1 - decay) * outside
+    corrected = energy / (1 - decay ** (count + 1))
+    denominator = corrected + _NOISE_FLOOR * total
+    inverse = jnp.where(
+        denominator > 0, codimension / jnp.where(denominator > 0, denominator, 1), 0
+    )
+    added = jnp.sqrt(jnp.sum(outside * inverse, axis=-1))
+    limit = jnp.where(norm > 0, max_growth * norm, added)
+    limited = jnp.minimum(added, limit)
+    shrink = jnp.where(added > 0, limited / jnp.where(added > 0, added, 1), 0)
+    # A step without a gradient says nothing about how large the term may be.
+    norm = jnp.where(added > 0, limited, norm)
+    return weight * shrink[..., None] * jnp.sqrt(inverse), energy, norm
 
 
 def _check(

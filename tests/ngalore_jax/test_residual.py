@@ -127,8 +127,9 @@ def test_an_energy_that_is_rounding_does_not_set_the_weight():
     """One bit of difference between the column norms, from low-precision products."""
     total = jnp.ones(3)
     inside = 1 - jnp.array([0.5, 2.0**-24, 0.0])
-    weight, _, _ = ng.compensation(1.0).column_scale(
-        jnp.zeros(3), jnp.zeros(()), jnp.asarray(0, jnp.int32), total, inside, 4
+    rule, step = ng.compensation(1.0), jnp.asarray(0, jnp.int32)
+    weight, _, _ = rule.column_scale(
+        rule.hyperparameters, jnp.zeros(3), jnp.zeros(()), step, total, inside, 4
     )
     chex.assert_trees_all_close(weight[0], jnp.sqrt(4 / 0.5), rtol=1e-4)
     assert np.max(weight) < 1.01 * np.sqrt(4 / 1e-6)
@@ -156,12 +157,12 @@ def test_a_number_is_the_weight_of_compensation():
 def test_a_rule_of_ones_own():
     """``d = 1`` puts the whole gradient back: with no inside that leaves G - P R."""
 
-    def column_scale(energy, norm, count, total, inside, codimension):
+    def column_scale(numbers, energy, norm, count, total, inside, codimension):
         del count, total, codimension
-        return jnp.ones_like(inside), energy, norm
+        return numbers[0] * jnp.ones_like(inside), energy, norm
 
     stream = reference.gradients(0, 4, 5, 9)
-    updates, states = run(only_residual(ng.Residual(column_scale)), stream)
+    updates, states = run(only_residual(ng.Residual(column_scale, (1.0,))), stream)
     for g, u, state in zip(stream, updates, states):
         p = np.asarray(state.projector, np.float64)
         chex.assert_trees_all_close(u, g - p @ (p.T @ g), atol=1e-5)
