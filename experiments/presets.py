@@ -7,6 +7,7 @@ import tyro
 
 from experiments.configs import (
     OptimizerConfig,
+    OptimizerName,
     PresetName,
     PretrainConfig,
     RunConfig,
@@ -33,18 +34,27 @@ _RANK_AND_STEPS: dict[str, tuple[int, int]] = {
 }
 
 
-def demo() -> PretrainConfig:
-    """``python -m experiments.pretrain``: minutes on two CPU cores, no download."""
+def demo(optimizer: OptimizerName = "natural_galore") -> PretrainConfig:
+    """``python -m experiments.pretrain``: minutes on two CPU cores, no download.
+
+    A quarter of the hidden size is the rank of GaLore's published runs. With the
+    gradient outside the subspace put back, a sixteenth serves Natural GaLore.
+    """
+    rank = 8 if optimizer == "natural_galore" else 32
     return PretrainConfig(
         preset="demo",
         model=MODELS["demo"],
         text=TextConfig(sequence_length=128, validation_tokens=32_768),
-        optimization=OptimizerConfig(rank=8, update_proj_gap=50),
+        optimization=OptimizerConfig(
+            optimizer=optimizer, rank=rank, update_proj_gap=50
+        ),
         run=RunConfig(steps=400, batch_size=16, eval_every=50, checkpoint_every=100),
     )
 
 
-def llama(name: PresetName) -> PretrainConfig:
+def llama(
+    name: PresetName, optimizer: OptimizerName = "natural_galore"
+) -> PretrainConfig:
     """A published size: sequences of 256, 512 a batch.
 
     Meant for an accelerator and C4 with a given tokenizer; the defaults train on
@@ -55,19 +65,24 @@ def llama(name: PresetName) -> PretrainConfig:
         preset=name,
         model=MODELS[name],
         text=TextConfig(sequence_length=256),
-        optimization=OptimizerConfig(rank=rank, update_proj_gap=200),
+        optimization=OptimizerConfig(
+            optimizer=optimizer, rank=rank, update_proj_gap=200
+        ),
         run=RunConfig(steps=steps, batch_size=512),
     )
 
 
-def preset(name: PresetName) -> PretrainConfig:
-    """Returns the settings of a preset."""
-    return demo() if name == "demo" else llama(name)
+def preset(
+    name: PresetName, optimizer: OptimizerName = "natural_galore"
+) -> PretrainConfig:
+    """Returns the settings of a preset for an optimizer."""
+    return demo(optimizer) if name == "demo" else llama(name, optimizer)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
     preset: PresetName = "demo"
+    optimizer: OptimizerName = "natural_galore"
 
 
 def parse(args: Sequence[str] | None = None) -> PretrainConfig:
@@ -75,13 +90,13 @@ def parse(args: Sequence[str] | None = None) -> PretrainConfig:
 
     A mistake in them is explained on stderr and ends the process with code 2.
     """
-    # The preset is read first, for it sets the defaults of everything else, also of
+    # These two are read first, for they set the defaults of everything else, also of
     # those that --help shows.
     choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
     return tyro.cli(
         PretrainConfig,
         args=args,
-        default=preset(choice.preset),
+        default=preset(choice.preset, choice.optimizer),
         prog="python -m experiments.pretrain",
         config=(tyro.conf.FlagCreatePairsOff,),
     )

@@ -1,8 +1,9 @@
 """The shape of a Llama, and the shapes of the published runs."""
 
 import dataclasses
+from typing import Literal, get_args
 
-_DTYPES = ("float32", "bfloat16")
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,18 +12,18 @@ class LlamaConfig:
 
     Attributes:
       vocab_size: Number of tokens.
-      hidden_size: Width of the residual stream, a multiple of ``2 * num_heads``.
+      hidden_size: Width of the residual stream, a multiple of twice num_heads.
       intermediate_size: Width inside the feed-forward block.
       num_heads: Query heads.
       num_layers: Transformer layers.
-      num_kv_heads: Key and value heads, a divisor of ``num_heads``; None for as
-        many (multi-head attention). :attr:`kv_heads` is the number meant.
+      num_kv_heads: Key and value heads, a divisor of num_heads. None: as many
+        (multi-head attention).
       rope_theta: Base of the rotary wavelengths.
       norm_eps: Added to the mean square in RMSNorm.
       tie_embeddings: Whether the output layer is the embedding, transposed.
-      param_dtype: "float32" or "bfloat16", the format parameters are stored in.
-      dtype: The same, the format of activations and matrix products. Norms,
-        rotations, attention's softmax and logits are float32 in either.
+      param_dtype: Format that parameters are stored in.
+      dtype: Format of activations and matrix products. Norms, rotations, attention's
+        softmax and logits are float32 in either.
       remat: Whether the backward pass recomputes each layer from its input.
 
     Raises:
@@ -38,8 +39,8 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
-    param_dtype: str = "float32"
-    dtype: str = "float32"
+    param_dtype: Dtype = "float32"
+    dtype: Dtype = "float32"
     remat: bool = False
 
     def __post_init__(self) -> None:
@@ -66,9 +67,9 @@ class LlamaConfig:
                 f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}"
             )
         for name in ("param_dtype", "dtype"):
-            if getattr(self, name) not in _DTYPES:
+            if getattr(self, name) not in get_args(Dtype):
                 raise ValueError(
-                    f"{name} must be one of {', '.join(_DTYPES)}, "
+                    f"{name} must be one of {', '.join(get_args(Dtype))}, "
                     f"got {getattr(self, name)!r}"
                 )
 

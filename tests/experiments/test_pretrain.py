@@ -177,6 +177,8 @@ def test_a_preset_sets_shape_and_settings_and_can_be_overridden():
     assert (config.run.steps, config.text.sequence_length) == (7, 256)
     assert config.run_dir == Path("runs/60M-natural_galore")
     assert parse([]) == preset("demo")
+    assert parse(["--optimizer", "galore"]).optimization.rank == 32
+    assert parse([]).optimization.rank == 8
     assert parse(["--optimizer", "adamw"]).run_dir == Path("runs/demo-adamw")
 
 
