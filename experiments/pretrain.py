@@ -8,6 +8,7 @@ resume it and to explain it.
 import contextlib
 import dataclasses
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,8 @@ from experiments.training.step import (
 )
 
 _PROGRAM = "python -m experiments.pretrain"
+if "UV_RUN_RECURSION_DEPTH" in os.environ:  # set by `uv run`, whose python it was
+    _PROGRAM = f"uv run {_PROGRAM}"
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 

@@ -118,9 +118,8 @@ def low_rank(
       >>> tx = ng.low_rank(optax.trace(0.9), rank=1, update_proj_gap=10)
       >>> g = jnp.outer(jnp.array([3.0, 4.0]), jnp.array([1.0, 0.0, 0.0]))
       >>> updates, state = tx.update(g, tx.init(g))
-      >>> print(jnp.rint(updates), state.projector.shape)  # rank one: kept whole
-      [[3. 0. 0.]
-       [4. 0. 0.]] (2, 1)
+      >>> print(state.projector.shape, jnp.allclose(updates, g))  # rank one: kept whole
+      (2, 1) True
 
     References:
       Zhao et al., GaLore, 2024 (arXiv 2403.03507), algorithm 2.

@@ -48,8 +48,8 @@ def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
     a gradient orthogonal to the old basis is found too. The sign convention on the
     triangular factor makes the columns continuous from one refresh to the next. A
     matrix that has had no refresh yet starts from the Gaussian alone, with seven
-    further iterations. Nothing larger than ``(m, r)`` is factorised, which is what
-    compiles in seconds on a TPU.
+    further iterations. Nothing larger than ``(m, r)`` is factorised, which keeps
+    it cheap to compile and to run on accelerators.
 
     Args:
       iterations: Iterations at each refresh, at least 1.
@@ -95,8 +95,8 @@ def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
 def svd() -> Projector:
     """Exact leading left singular vectors, as GaLore (arXiv 2403.03507) takes them.
 
-    Slow on accelerators and slow to compile there: one 512 x 512 matrix takes a TPU
-    compiler about a minute. For references and small models.
+    Slow on accelerators, and slow to compile for them: the factorisation is of the
+    whole ``(m, n)`` matrix. For references and small models.
     """
 
     def refresh(gradient: jax.Array, basis: jax.Array, count: jax.Array) -> jax.Array:
