@@ -32,10 +32,10 @@ OptimizerName = Literal["adamw", "galore", "natural_galore", "muon", "optax_galo
 # Peak learning rate of the matrices where none is given.
 DEFAULT_LEARNING_RATE: dict[OptimizerName, float] = {
     "adamw": 5e-4,
-    "galore": 4e-3,
+    "galore": 8e-3,
     "natural_galore": 4e-3,
-    "muon": 3e-3,
-    "optax_galore": 4e-3,
+    "muon": 6e-3,
+    "optax_galore": 8e-3,
 }
 
 
