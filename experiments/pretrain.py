@@ -266,6 +266,11 @@ def make_report(
         "final validation perplexity": f"{last['validation_perplexity']:.2f}",
         "bits per byte": f"{last['validation_bits_per_byte']:.4f}",
         "optimizer state": megabytes(ours),
+        "of which": ", ".join(
+            f"{part} {megabytes(size)}"
+            for part, size in ng.state_report(state.opt_state).items()
+            if size
+        ),
         "AdamW's would be": f"{megabytes(adamw)} ({adamw / ours:.1f} times)",
         "time": f"{seconds:,.0f} s ({tokens / seconds:,.0f} tokens/s)",
         "checkpoint": str(folder.checkpoints / str(last["step"])),

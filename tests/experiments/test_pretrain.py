@@ -85,6 +85,7 @@ def test_a_run_leaves_all_that_explains_it(straight, texts):
     for part in (
         "final validation perplexity",
         "optimizer state",
+        "history 0.01 MB",
         "AdamW",
         f"{straight}/checkpoints/{STEPS}",
         "--optimizer adamw",
