@@ -206,7 +206,15 @@ def test_resuming_another_run_is_refused_and_says_what_differs(tmp_path):
         run(tmp_path, resume=True, identity={"model": {"size": 9}})
 
 
-def test_a_second_interrupt_is_not_swallowed(tmp_path):
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Python's own handler: what a shell starts in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_is_not_swallowed(tmp_path, ctrl_c_interrupts):
     def twice(batch):
         interrupt(batch)
         interrupt(batch)
