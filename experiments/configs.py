@@ -53,8 +53,8 @@ class RunConfig:
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Number of checkpoints kept, the newest ones.
         run_dir: Folder of the run. None: runs/PRESET-OPTIMIZER.
-        resume: Go on from the newest checkpoint in the run's folder, bit for bit. Give
-            the same settings as before.
+        resume: Go on from the newest checkpoint in the run's folder; on the same
+            devices bit for bit. Give the same settings as before.
         overwrite: Delete the run that is in the run's folder and start afresh.
     """
 
@@ -220,6 +220,7 @@ class PretrainConfig:
         """Returns the config, defaults resolved, as JSON would give it back."""
         config = _jsonable(dataclasses.asdict(self))
         config["run"]["run_dir"] = str(self.run_dir)
+        del config["run"]["resume"], config["run"]["overwrite"]
         config["optimization"]["learning_rate"] = self.learning_rate
         return config
 

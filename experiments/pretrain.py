@@ -28,9 +28,9 @@ from experiments.data.pipeline import tokenize, train_batches, validation_batche
 from experiments.data.tokenizer import load_tokenizer, train_bpe
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.presets import parse
-from experiments.training.checkpoint import Checkpointer, ResumeError
+from experiments.training.checkpoint import Checkpointer
 from experiments.training.folder import RunFolder
-from experiments.training.loop import NonFiniteError, Outcome, Plan, train
+from experiments.training.loop import Outcome, Plan, train
 from experiments.training.mesh import batch_sharding, make_mesh
 from experiments.training.metrics import MetricsWriter, read_metrics
 from experiments.training.optimizer import (
@@ -77,11 +77,8 @@ def main(args: Sequence[str] | None = None) -> int:
             folder = RunFolder(config.run_dir)
             folder.claim(resume=config.run.resume, overwrite=config.run.overwrite)
             text = load_text(config, folder, console)
-        except (ValueError, OSError) as error:
-            return _fail(error)
-        try:
             outcome = pretrain(config, folder, text, console)
-        except (ResumeError, NonFiniteError) as error:
+        except (ValueError, OSError) as error:
             return _fail(error)
     except KeyboardInterrupt:
         print("Interrupted with nothing new to save.", file=sys.stderr)
@@ -104,7 +101,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def load_text(config: PretrainConfig, folder: RunFolder, console: Console) -> Text:
     """Reads the corpus, trains or loads the tokenizer and cuts batches."""
     settings, model = config.text, config.model
-    with console.status("Reading text"):
+    with console.status("Reading text", spinner="line"):
         corpus = load_corpus(
             settings.data,
             validation_patterns=settings.validation_data,
@@ -118,7 +115,7 @@ def load_text(config: PretrainConfig, folder: RunFolder, console: Console) -> Te
     )
     for reason, count in summary["skipped"].items():
         console.print(f"  skipped {count:,}: {reason}", markup=False)
-    with console.status("Tokenizing"):
+    with console.status("Tokenizing", spinner="line"):
         if settings.tokenizer is None:
             tokenizer = train_bpe(corpus.train, model.vocab_size, folder.tokenizer)
         else:
@@ -176,6 +173,8 @@ def pretrain(
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         state = create_state(init_params, optimizer, seed=run.seed, mesh=mesh)
+        if run.overwrite:
+            folder.delete_run()
         checkpointer = stack.enter_context(
             Checkpointer(
                 folder.checkpoints,

@@ -52,7 +52,7 @@ class StudyConfig:
     methods: tuple[OptimizerName, ...] = ("adamw", "muon", "galore", "natural_galore")
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     seeds: tuple[int, ...] = (0, 1, 2)
-    workers: int = os.cpu_count() or 1
+    workers: int = len(os.sched_getaffinity(0))
     study_dir: Path | None = None
 
     @property

@@ -36,7 +36,9 @@ PAPER: Mapping[str, Any] = MappingProxyType(
 """Settings that reproduce the published method: ``natural_galore(lr, rank, **PAPER)``.
 
 Exact SVD, nothing carried over a refresh, the gradient outside the subspace dropped
-(arXiv 2410.16029, section 4; its learning rate is 0.01 with 10 % warmup).
+(arXiv 2410.16029, section 4; its learning rate is 0.01 with 10 % warmup). The method as
+the paper writes it, one side projected; the published code projects both. The float32
+safeguards of :func:`scale_by_natural_gradient` stay.
 """
 
 
@@ -76,7 +78,7 @@ def natural_galore(
       W &\leftarrow W - \eta \left(\alpha\,(P N + (G - P R)\,\mathrm{diag}(d))
         + \omega W\right)
 
-    All other leaves take Adam. Departures from the paper, each an argument and all
+    All other leaves take Adam. Departures from the paper, each an argument and
     undone by ``**PAPER``: moments and history follow the basis at a refresh, the basis
     comes from subspace iteration, and the gradient outside the subspace is put back
     (the :math:`d` term).
@@ -189,8 +191,12 @@ def galore(
 
     :func:`natural_galore` without the Fisher, and without a residual unless asked.
     It takes the place of ``optax.contrib.galore``: ``rank``, ``update_proj_gap`` and
-    ``scale`` mean the same. ``side="larger", projector=svd(),
-    moments_at_refresh="keep", clip_rank=True`` gives its numbers.
+    ``scale`` mean the same. What differs by default: ``scale`` is 0.25 (there 1.0), a
+    rank above a side is an error and not clipped, embeddings and output layers are not
+    projected, stacked leaves are, the smaller side is projected, the moments follow the
+    basis. ``scale=1.0, side="larger", clip_rank=True, projector=svd(),
+    moments_at_refresh="keep", weight_dimension_numbers=MatrixDimensionNumbers()`` gives
+    its numbers on 2-D leaves, up to the signs of the SVD after the first refresh.
 
     Args:
       learning_rate: A number or an optax schedule.

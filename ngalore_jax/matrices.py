@@ -53,7 +53,9 @@ _EMBEDDING = re.compile(
 )
 # Full-rank if the leaf or the module that holds it is called so.
 _OUTPUT = re.compile(
-    r"head|output|output_layer|logits|classifier|scale|bias", re.IGNORECASE
+    r"head|output|output_layer|output_projection|logits(_.*)?|classifier(_head)?"
+    r"|scale|bias",
+    re.IGNORECASE,
 )
 
 

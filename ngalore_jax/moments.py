@@ -37,7 +37,8 @@ def scale_by_subspace_adam(
       eps: Added to the root of the second moment.
       at_refresh: ``"rotate"``, ``"keep"`` (the moments stay as they are, as GaLore
         publishes it: identical to ``optax.scale_by_adam``) or ``"reset"`` (moments and
-        bias correction start again).
+        bias correction start again, those of leaves that are not projected too, since
+        one counter serves all).
       mu_dtype: Dtype of the first moment; None for that of the updates.
 
     Returns:

@@ -70,6 +70,8 @@ def scale_by_natural_gradient(
     Args:
       history: Number of gradients kept, the current one included; at least 1.
       damping: :math:`\lambda > 0`, in units of squared gradient norms, or relative.
+        Below :math:`s\,\epsilon \max_j K_{jj}` (1e-3 for float32, 20 gradients and
+        squared norms of 420) that floor takes its place.
       relative_damping: Whether ``damping`` is in units of the mean of the non-zero
         diagonal of :math:`K`. The result is then independent of the gradient's scale
         up to its own; an absolute damping far above :math:`\|g\|^2` returns
@@ -193,7 +195,10 @@ def natural_step(
     gram = jax.lax.dynamic_update_index_in_dim(gram, row, slot, axis=batch + 1)
     weights = push_through_weights(gram, slot, damping, relative_damping)
     direction = jnp.einsum(
-        f"...s{block},...s->...{block}", history.astype(gram.dtype), weights
+        f"...s{block},...s->...{block}",
+        history.astype(gram.dtype),
+        weights,
+        precision=_HIGHEST,  # the sum may cancel
     )
     return direction.astype(g.dtype), history, gram
 

@@ -44,8 +44,8 @@ class RunFolder:
 
         Args:
             resume: The folder holds a run that will go on.
-            overwrite: A run that the folder holds is deleted; files that are no
-                run's stay.
+            overwrite: A run that the folder holds may be deleted, by `delete_run`, once
+                all that the new one needs is known to be there.
 
         Raises:
             FileNotFoundError: `resume`, but there is no run.
@@ -64,14 +64,16 @@ class RunFolder:
                     f"{self.path} holds a run: --resume goes on with it, --overwrite "
                     "deletes it, --run-dir chooses another folder."
                 )
-            self._delete_run()
         self.path.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Writes config.json, which makes the folder a run's."""
         self.config.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
-    def _delete_run(self) -> None:
+    def delete_run(self) -> None:
+        """Deletes the run that the folder holds; files that are no run's stay."""
+        if not self.config.exists():
+            return
         # The tokenizer stays: it is a cache that knows what text it was made from.
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         for name in ("metrics.jsonl", "report.md", "loss.png", "config.json"):

@@ -136,6 +136,17 @@ def test_a_run_is_not_overwritten_unasked(straight, texts, capsys):
     assert len(rows(straight)) == STEPS
 
 
+def test_a_mistake_does_not_cost_the_run_that_would_be_overwritten(
+    straight, texts, tmp_path, capsys
+):
+    wrong_text = ["--data", f"{tmp_path}/none*.txt", "--run-dir", str(straight)]
+    assert main([*wrong_text, "--overwrite"]) == 1
+    assert main(arguments(texts, straight, "--overwrite", "--rank", "17")) == 1
+    assert "rank=17 is larger than a side" in capsys.readouterr().err
+    assert len(rows(straight)) == STEPS
+    assert (straight / "checkpoints" / str(STEPS)).is_dir()
+
+
 def test_resuming_with_other_settings_is_refused(straight, texts, capsys):
     code = main(arguments(texts, straight, "--resume", "--adam-learning-rate", "0.1"))
     assert code == 1

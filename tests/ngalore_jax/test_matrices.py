@@ -58,6 +58,7 @@ FULL_RANK = [
     "output",
     "output_layer/kernel",
     "logits/kernel",
+    "decoder/logits_dense/kernel",
     "classifier/kernel",
     # norms and stacked vectors
     "layers/attention_norm/scale",
@@ -138,8 +139,6 @@ def test_default_rule_on_a_pure_nnx_state():
     assert projected_paths(nnx.as_pure(state)) == ["query/kernel"]
 
 
-# DEFECT (left failing for the lead): a Variable adds a last path entry, "value", so
-# "head/kernel/value" no longer has "head" among the last two names and is projected.
 def test_default_rule_on_an_nnx_state_of_variables():
     _, state = nnx_state()
     assert projected_paths(state) == ["query/kernel/value"]
@@ -230,7 +229,6 @@ def test_axes_that_do_not_fit_are_errors(rows, columns, match):
         tx.init({"w": jnp.zeros((8, 6))})
 
 
-# DEFECT (left failing for the lead): transpose's own error, which names no argument.
 def test_an_axis_named_twice_on_one_side_is_an_error():
     dims = ng.MatrixDimensionNumbers((0, -2), 1)
     with pytest.raises(ValueError, match="axis"):

@@ -72,9 +72,6 @@ def test_keeps_the_digits_that_woodbury_loses(energy):
     assert max(naive) > 30 * max(ours)
 
 
-# DEFECT (left failing for the lead): at 1e4 and above the direction is mostly noise
-# (cosine 0.37 with 20 columns). The weights are about 1 / ridge each and cancel to
-# 1 / (s |g|^2), so a ridge at the rounding of K leaves no digit of the sum.
 @pytest.mark.parametrize("energy", [1.0, 1e2, 1e4, 1e6])
 def test_a_repeated_gradient_stays_a_descent_direction(energy):
     """Exactly collinear columns: the Gram matrix is singular up to rounding."""

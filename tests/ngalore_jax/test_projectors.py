@@ -142,8 +142,6 @@ def test_signs_do_not_depend_on_the_sign_of_the_gradient():
     )
 
 
-# DEFECT (left failing for the lead): G G^T P is zero then, qr of zero is the identity
-# and the matrix learns nothing for a whole gap. Start cold where the image is zero.
 def test_a_gradient_orthogonal_to_the_old_basis_is_found():
     """One set of rows active, then another: experts, dead units, masked heads."""
     first, second = np.zeros((2, M, N), np.float32)

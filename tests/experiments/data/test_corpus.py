@@ -195,7 +195,12 @@ GOOD_LINE = b'{"text": "A good line."}\n'
         ("a.jsonl", b'{"body": ""}\n', 'line without a string "text"', "a.jsonl:1"),
         ("a.jsonl", b'{"text": 3}\n', 'line without a string "text"', "a.jsonl:1"),
         ("a.jsonl", b'["text"]\n', 'line without a string "text"', "a.jsonl:1"),
-        ("a.gz", gzip.compress(b"x" * 99)[:-9], "damaged or truncated archive", "a.gz"),
+        (
+            "a.gz",
+            gzip.compress(b"x" * 99, mtime=0)[:-9],
+            "damaged or truncated archive",
+            "a.gz",
+        ),
         ("a.gz", b"no gzip", "damaged or truncated archive", "a.gz"),
         (
             "a.zst",

@@ -31,6 +31,8 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
     folder = make_run(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     folder.claim(resume=False, overwrite=True)
+    assert folder.metrics.exists()
+    folder.delete_run()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["notes.txt", "tokenizer.json"]
 
@@ -38,6 +40,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
 def test_a_folder_without_a_run_is_left_alone_by_overwrite(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     RunFolder(tmp_path).claim(resume=False, overwrite=True)
+    RunFolder(tmp_path).delete_run()
     assert (tmp_path / "checkpoints").exists()
 
 
