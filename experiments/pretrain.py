@@ -72,14 +72,14 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     console = Console(highlight=False)
     try:
-        try:
-            config = parse(args)
-            folder = RunFolder(config.run_dir)
-            folder.claim(resume=config.run.resume, overwrite=config.run.overwrite)
-            text = load_text(config, folder, console)
-            outcome = pretrain(config, folder, text, console)
-        except (ValueError, OSError) as error:
-            return _fail(error)
+        config = parse(args)
+        folder = RunFolder(config.run_dir)
+        folder.claim(resume=config.run.resume, overwrite=config.run.overwrite)
+        text = load_text(config, folder, console)
+        outcome = pretrain(config, folder, text, console)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Interrupted with nothing new to save.", file=sys.stderr)
         return _INTERRUPTED
@@ -296,11 +296,6 @@ def command(args: Sequence[str]) -> str:
 def _resume_command(args: Sequence[str]) -> str:
     kept = [arg for arg in args if arg not in ("--overwrite", "--resume")]
     return command([*kept, "--resume"])
-
-
-def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":
