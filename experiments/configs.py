@@ -13,20 +13,21 @@ from experiments.models.llama import LlamaConfig
 
 PresetName = Literal[
     "demo",
-    "9M",
-    "20M",
-    "35M",
-    "40M",
-    "60M",
-    "71M",
-    "100M",
-    "130M",
-    "250M",
-    "350M",
-    "1B",
-    "3B",
-    "7B",
+    "llama_9m",
+    "llama_20m",
+    "llama_35m",
+    "llama_40m",
+    "llama_60m",
+    "llama_71m",
+    "llama_100m",
+    "llama_130m",
+    "llama_250m",
+    "llama_350m",
+    "llama_1b",
+    "llama_3b",
+    "llama_7b",
 ]
+Sequences = Literal["joined", "packed", "documents"]
 OptimizerName = Literal["adamw", "galore", "natural_galore", "muon", "optax_galore"]
 
 # Peak learning rate of the matrices where none is given.
@@ -51,11 +52,19 @@ class RunConfig:
         seed: Seed of the parameters and of the order of the data.
         eval_every: Steps between evaluations on the validation text.
         checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: Number of checkpoints kept, the newest ones.
+        keep_checkpoints: Number of checkpoints kept, the newest ones; the one of the
+            lowest validation loss is kept besides.
+        max_skipped: Steps in a row whose loss or gradient is not finite, each of which
+            is skipped, before the run stops.
         run_dir: Folder of the run. None: runs/PRESET-OPTIMIZER.
-        resume: Go on from the newest checkpoint in the run's folder; on the same
-            devices bit for bit. Give the same settings as before.
+        checkpoint_dir: Folder or bucket (gs://...) of the checkpoints. None:
+            RUN_DIR/checkpoints.
+        resume: Go on from the newest good checkpoint; on the same devices bit for bit.
+            Give the same settings as before.
+        auto_resume: Start the run, or go on with it where it has been started: for
+            schedulers, which start the same command again.
         overwrite: Delete the run that is in the run's folder and start afresh.
+        wandb: Weights & Biases project to log to as well (`uv sync --group wandb`).
     """
 
     steps: int = 10_000
@@ -65,9 +74,13 @@ class RunConfig:
     eval_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    max_skipped: int = 10
     run_dir: Path | None = None
+    checkpoint_dir: str | None = None
     resume: bool = False
+    auto_resume: bool = False
     overwrite: bool = False
+    wandb: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,24 +88,45 @@ class TextConfig:
     """What is learnt: text, tokenizer, lengths.
 
     Attributes:
-        data: Globs of training text: .txt, .jsonl, .json with a text a line, also .gz
-            and .zst. None given: the English documentation that comes with the Python
+        data: "c4" for the English C4, streamed from the Hugging Face hub; or globs of
+            training text: .txt, .jsonl, .json with a text a line, also .gz and .zst.
+            None given: the English documentation that comes with the Python
             installation.
-        validation_data: Globs of validation text. None given: a share of the training
-            documents.
+        validation_data: Globs of validation text. None given: C4's validation split,
+            or a share of the training documents.
+        stream: Read the files of `data` (JSON lines in shards, as C4's) while training,
+            instead of all of them into memory first. C4 always streams.
+        streams: Shards read side by side. The order of the text depends on it, but not
+            on the number of processes and workers that share them: a multiple of
+            both, a divisor of the batch size, at most the number of shards.
+        shuffle_buffer: Sequences among which the order is random within each stream.
+            Text in memory is shuffled as a whole instead.
+        workers: Processes that read and tokenize ahead on each host. 0: a thread does.
+        token_cache: Folder to keep tokens in, memory-mapped, so that a second epoch or
+            run does not tokenize again. None: they are not kept.
+        sequences: How documents become sequences. joined: one after the other, an
+            end-of-document token between, attention across. packed: the same, but
+            attention stays within a document. documents: one document each, cut or
+            padded, as published for C4.
         on_bad_input: Whether a file or record that cannot be read stops the run, or is
             skipped and counted.
-        tokenizer: A tokenizer.json or a SentencePiece model. None: a byte-level BPE of
-            as many tokens as the model has is trained on the text and kept in the
-            run's folder.
+        tokenizer: A tokenizer.json or a SentencePiece model, or "t5-base" for the
+            hub's. None: t5-base for C4; else a byte-level BPE of as many tokens as the
+            model has is trained on the text and kept in the run's folder.
         sequence_length: Tokens of context.
         validation_tokens: Tokens to evaluate on, at most; always the same ones.
     """
 
     data: tuple[str, ...] = ()
     validation_data: tuple[str, ...] = ()
+    stream: bool = False
+    streams: int = 8
+    shuffle_buffer: int = 1024
+    workers: int = 0
+    token_cache: Path | None = None
+    sequences: Sequences = "joined"
     on_bad_input: Literal["error", "skip"] = "error"
-    tokenizer: Path | None = None
+    tokenizer: Path | Literal["t5-base"] | None = None
     sequence_length: int = 256
     validation_tokens: int = 131_072
 
@@ -121,6 +155,9 @@ class OptimizerConfig:
         damping: Damping of the Fisher, squared gradient norms (natural_galore).
         residual: Weight of the gradient outside the subspace. None: it is dropped, as
             published (natural_galore).
+        accumulate: Where the gradients of microbatches add up. full: as matrices.
+            subspace: projected, rank times the kept side instead of the whole matrix
+            (galore; natural_galore with `--residual None`).
     """
 
     optimizer: OptimizerName = "natural_galore"
@@ -138,19 +175,27 @@ class OptimizerConfig:
     history: int = 20
     damping: float = 1e-3
     residual: float | None = 2.0
+    accumulate: Literal["full", "subspace"] = "full"
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices to spread over; 1 x 1 runs on one device.
+    """Devices to spread over; 1 x 1 x 1 runs on one device.
 
     Attributes:
         data: Devices over which batches are split and weights are copied.
         fsdp: Devices over which batches, weights and optimizer state are split.
+        tensor: Devices over which heads, feed-forward width, weights and optimizer
+            state are split, and a batch is not.
+        distributed: Join the processes of a cluster (`jax.distributed.initialize`)
+            that TPU pods, SLURM, Open MPI and Kubernetes describe to JAX; elsewhere
+            JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
     """
 
     data: int = 1
     fsdp: int = 1
+    tensor: int = 1
+    distributed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,26 +227,34 @@ class PretrainConfig:
         """Check what can be checked without reading anything."""
         run, rest = self.run, self.optimization
         _check_at_least(1, run, "steps", "batch_size", "microbatches", "eval_every")
-        _check_at_least(1, run, "checkpoint_every", "keep_checkpoints")
+        _check_at_least(1, run, "checkpoint_every", "keep_checkpoints", "max_skipped")
         _check_at_least(0, run, "seed")
         _check_at_least(1, self.text, "sequence_length", "validation_tokens")
-        _check_at_least(1, self.mesh, "data", "fsdp")
+        _check_at_least(1, self.text, "streams", "shuffle_buffer")
+        _check_at_least(0, self.text, "workers")
+        _check_at_least(1, self.mesh, "data", "fsdp", "tensor")
         for name in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(rest, name) <= 1:
                 raise ValueError(f"{name}={getattr(rest, name)} must be from 0 to 1.")
-        pieces = run.microbatches * self.devices
-        if run.batch_size % pieces:
+        split = self.mesh.data * self.mesh.fsdp
+        if run.batch_size % (run.microbatches * split):
             raise ValueError(
                 f"batch_size={run.batch_size} must be a multiple of microbatches="
-                f"{run.microbatches} times {self.devices} devices, {pieces}."
+                f"{run.microbatches} times the {split} devices (data x fsdp) that a "
+                f"batch is split over, {run.microbatches * split}."
             )
-        if run.resume and run.overwrite:
+        if (run.resume or run.auto_resume) and run.overwrite:
             raise ValueError("--resume keeps a run, --overwrite deletes it: give one.")
 
     @property
     def devices(self) -> int:
         """Number of devices the run takes."""
-        return self.mesh.data * self.mesh.fsdp
+        return self.mesh.data * self.mesh.fsdp * self.mesh.tensor
+
+    @property
+    def streams_text(self) -> bool:
+        """Whether text is read while training."""
+        return self.text.stream or self.text.data == ("c4",)
 
     @property
     def run_dir(self) -> Path:
@@ -220,7 +273,8 @@ class PretrainConfig:
         """Returns the config, defaults resolved, as JSON would give it back."""
         config = _jsonable(dataclasses.asdict(self))
         config["run"]["run_dir"] = str(self.run_dir)
-        del config["run"]["resume"], config["run"]["overwrite"]
+        for name in ("resume", "auto_resume", "overwrite"):
+            del config["run"][name]
         config["optimization"]["learning_rate"] = self.learning_rate
         return config
 
@@ -233,7 +287,14 @@ class PretrainConfig:
         """
         config = self.as_dict()
         del config["mesh"]
-        for name in ("data", "validation_data", "on_bad_input", "tokenizer"):
+        for name in (
+            "data",
+            "validation_data",
+            "workers",
+            "token_cache",
+            "on_bad_input",
+            "tokenizer",
+        ):
             del config["text"][name]
         for name in ("steps", "batch_size", "microbatches", "seed"):
             config[name] = config["run"][name]

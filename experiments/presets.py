@@ -18,19 +18,19 @@ from experiments.models.llama import PRESETS as MODELS
 # Rank and steps. Published: 60M, 130M, 350M, 1B (arXiv 2403.03507, table 2) and 7B
 # (its table 3); the ranks between are about a quarter of the hidden size.
 _RANK_AND_STEPS: dict[str, tuple[int, int]] = {
-    "9M": (32, 10_000),
-    "20M": (64, 10_000),
-    "35M": (96, 10_000),
-    "40M": (104, 10_000),
-    "60M": (128, 10_000),
-    "71M": (128, 10_000),
-    "100M": (160, 20_000),
-    "130M": (256, 20_000),
-    "250M": (192, 40_000),
-    "350M": (256, 60_000),
-    "1B": (512, 100_000),
-    "3B": (640, 120_000),
-    "7B": (1024, 150_000),
+    "llama_9m": (32, 10_000),
+    "llama_20m": (64, 10_000),
+    "llama_35m": (96, 10_000),
+    "llama_40m": (104, 10_000),
+    "llama_60m": (128, 10_000),
+    "llama_71m": (128, 10_000),
+    "llama_100m": (160, 20_000),
+    "llama_130m": (256, 20_000),
+    "llama_250m": (192, 40_000),
+    "llama_350m": (256, 60_000),
+    "llama_1b": (512, 100_000),
+    "llama_3b": (640, 120_000),
+    "llama_7b": (1024, 150_000),
 }
 
 

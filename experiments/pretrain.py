@@ -282,7 +282,7 @@ def make_report(
         command=command,
         next_steps=(
             (f"The same with {other}, to compare", f"{here} --optimizer {other}"),
-            ("A published size", f"{_PROGRAM} --preset 60M"),
+            ("A published size", f"{_PROGRAM} --preset llama_60m"),
             ("Text of your own", f"{here} --data 'texts/*.txt' --run-dir runs/mine"),
         ),
     )

@@ -35,6 +35,11 @@ from experiments.training import mesh
 
 __all__ = ["PRESETS", "Llama", "LlamaConfig", "parameter_count"]
 
+_REMAT_POLICIES = {
+    "layer": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
 
 class Projection(nnx.Module):
     """Linear layer without bias: ``(..., m) -> (..., n)``, kernel ``(m, n)``."""
@@ -54,7 +59,7 @@ class Projection(nnx.Module):
             kernel = mesh.gather_matrix(kernel.astype(x.dtype))
             return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
 
-        if not self.remat:
+        if self.remat == "none":
             # Keep the stored kernel for the backward pass, not the gathered one: over
             # the layers of a scan that would be a whole copy of the model. A layer
             # that is recomputed as a whole needs no such care.
@@ -184,8 +189,10 @@ class Llama(nnx.Module):
         def run_layer(x_BxTxD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, layer)(x_BxTxD, angles_TxK2), None
 
-        if config.remat:
-            run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+        if config.remat != "none":
+            run_layer = jax.checkpoint(
+                run_layer, prevent_cse=False, policy=_REMAT_POLICIES[config.remat]
+            )
         x_BxTxD, _ = jax.lax.scan(run_layer, self.embed_tokens(tokens_BxT), stacked)
 
         x_BxTxD = self.norm(x_BxTxD).astype(x_BxTxD.dtype)

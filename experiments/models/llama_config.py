@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "layer", "dots"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +22,13 @@ class LlamaConfig:
       rope_theta: Base of the rotary wavelengths.
       norm_eps: Added to the mean square in RMSNorm.
       tie_embeddings: Whether the output layer is the embedding, transposed.
-      param_dtype: Format that parameters are stored in.
+      param_dtype: Format that parameters are stored in. float32 beside a bfloat16
+        dtype is mixed precision with a float32 master copy: layers are cast, then
+        gathered, where they are used. bfloat16 here does without the master copy.
       dtype: Format of activations and matrix products. Norms, rotations, attention's
         softmax and logits are float32 in either.
-      remat: Whether the backward pass recomputes each layer from its input.
+      remat: What of each layer the backward pass recomputes. "none"; "layer": all of
+        it, from its input; "dots": all but the results of matrix products.
 
     Raises:
       ValueError: If a size is not positive or sizes do not fit each other.
@@ -41,7 +45,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     param_dtype: Dtype = "float32"
     dtype: Dtype = "float32"
-    remat: bool = False
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
         """Check that the sizes make a model."""
@@ -66,10 +70,14 @@ class LlamaConfig:
             raise ValueError(
                 f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}"
             )
-        for name in ("param_dtype", "dtype"):
-            if getattr(self, name) not in get_args(Dtype):
+        for name, choices in (
+            ("param_dtype", get_args(Dtype)),
+            ("dtype", get_args(Dtype)),
+            ("remat", get_args(Remat)),
+        ):
+            if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(Dtype))}, "
+                    f"{name} must be one of {', '.join(choices)}, "
                     f"got {getattr(self, name)!r}"
                 )
 
@@ -99,17 +107,17 @@ def _preset(
 # Shapes of the published runs; "demo" trains on two CPU cores.
 PRESETS: dict[str, LlamaConfig] = {
     "demo": _preset(128, 352, 4, 4, vocab=2048),
-    "9M": _preset(128, 352, 4, 4),
-    "20M": _preset(256, 688, 4, 4),
-    "35M": _preset(384, 1024, 8, 6),
-    "40M": _preset(416, 1024, 8, 8),
-    "60M": _preset(512, 1376, 8, 8),
-    "71M": _preset(512, 1368, 8, 12),
-    "100M": _preset(640, 1708, 10, 12, vocab=32_100),
-    "130M": _preset(768, 2048, 12, 12),
-    "250M": _preset(768, 2560, 16, 24),
-    "350M": _preset(1024, 2736, 16, 24),
-    "1B": _preset(2048, 5461, 32, 24),
-    "3B": _preset(2560, 6848, 32, 32),
-    "7B": _preset(4096, 11008, 32, 32),
+    "llama_9m": _preset(128, 352, 4, 4),
+    "llama_20m": _preset(256, 688, 4, 4),
+    "llama_35m": _preset(384, 1024, 8, 6),
+    "llama_40m": _preset(416, 1024, 8, 8),
+    "llama_60m": _preset(512, 1376, 8, 8),
+    "llama_71m": _preset(512, 1368, 8, 12),
+    "llama_100m": _preset(640, 1708, 10, 12, vocab=32_100),
+    "llama_130m": _preset(768, 2048, 12, 12),
+    "llama_250m": _preset(768, 2560, 16, 24),
+    "llama_350m": _preset(1024, 2736, 16, 24),
+    "llama_1b": _preset(2048, 5461, 32, 24),
+    "llama_3b": _preset(2560, 6848, 32, 32),
+    "llama_7b": _preset(4096, 11008, 32, 32),
 }

@@ -183,11 +183,11 @@ def test_a_tokenizer_larger_than_the_model_is_refused(
 
 
 def test_a_preset_sets_shape_and_settings_and_can_be_overridden():
-    config = parse(["--preset", "60M", "--steps", "7", "--model.num-layers", "3"])
+    config = parse(["--preset", "llama_60m", "--steps", "7", "--model.num-layers", "3"])
     assert (config.model.hidden_size, config.model.num_layers) == (512, 3)
     assert (config.optimization.rank, config.run.batch_size) == (128, 512)
     assert (config.run.steps, config.text.sequence_length) == (7, 256)
-    assert config.run_dir == Path("runs/60M-natural_galore")
+    assert config.run_dir == Path("runs/llama_60m-natural_galore")
     assert parse([]) == preset("demo")
     assert parse(["--optimizer", "galore"]).optimization.rank == 32
     assert parse([]).optimization.rank == 8
@@ -197,10 +197,10 @@ def test_a_preset_sets_shape_and_settings_and_can_be_overridden():
 @pytest.mark.parametrize(
     ("name", "rank", "steps"),
     [
-        ("60M", 128, 10_000),
-        ("130M", 256, 20_000),
-        ("350M", 256, 60_000),
-        ("1B", 512, 100_000),
+        ("llama_60m", 128, 10_000),
+        ("llama_130m", 256, 20_000),
+        ("llama_350m", 256, 60_000),
+        ("llama_1b", 512, 100_000),
     ],
 )
 def test_published_runs(name, rank, steps):

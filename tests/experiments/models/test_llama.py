@@ -30,19 +30,19 @@ CONFIG = LlamaConfig(
 
 PUBLISHED_COUNTS = {
     "demo": 1_328_256,
-    "9M": 8_995_968,
-    "20M": 19_548_416,
-    "35M": 35_197_824,
-    "40M": 42_392_480,
-    "60M": 58_073_600,
-    "71M": 70_578_688,
-    "100M": 100_117_120,
-    "130M": 134_105_856,
-    "250M": 247_370_496,
-    "350M": 367_969_280,
-    "1B": 1_339_082_752,
-    "3B": 2_685_831_680,
-    "7B": 6_738_415_616,
+    "llama_9m": 8_995_968,
+    "llama_20m": 19_548_416,
+    "llama_35m": 35_197_824,
+    "llama_40m": 42_392_480,
+    "llama_60m": 58_073_600,
+    "llama_71m": 70_578_688,
+    "llama_100m": 100_117_120,
+    "llama_130m": 134_105_856,
+    "llama_250m": 247_370_496,
+    "llama_350m": 367_969_280,
+    "llama_1b": 1_339_082_752,
+    "llama_3b": 2_685_831_680,
+    "llama_7b": 6_738_415_616,
 }
 
 
@@ -309,21 +309,25 @@ def test_a_token_outside_the_vocabulary_gives_nan() -> None:
 def test_remat_gives_the_same_gradient_in_less_memory() -> None:
     tokens = random_tokens((4, 64))
     gradients, memory = [], []
-    for remat in (False, True):
+    for remat in ("none", "dots", "layer"):
         config = dataclasses.replace(CONFIG, num_layers=4, remat=remat)
         graphdef, params = make(config)
         grad = jax.jit(jax.grad(lambda p, g=graphdef: loss(g, p, tokens)))
         compiled = grad.lower(params).compile()
         gradients.append(compiled(params))
         memory.append(compiled.memory_analysis().temp_size_in_bytes)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *gradients
-    )
-    assert memory[1] < 0.75 * memory[0], memory
+    for other in gradients[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            gradients[0],
+            other,
+        )
+    none, dots, layer = memory
+    assert layer < dots < none and layer < 0.75 * none, memory
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_the_program_does_not_grow_with_depth(remat: bool) -> None:
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_the_program_does_not_grow_with_depth(remat: str) -> None:
     def equations(num_layers: int) -> int:
         config = dataclasses.replace(CONFIG, num_layers=num_layers, remat=remat)
         graphdef, params = make(config)
