@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from ngalore_jax.accumulation import accumulate
 from ngalore_jax.low_rank import low_rank
 from ngalore_jax.matrices import (
     Side,
@@ -65,6 +66,7 @@ def natural_galore(
     history_dtype: jax.typing.DTypeLike | None = None,
     side: Side = "smaller",
     clip_rank: bool = False,
+    accumulation_steps: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural GaLore: Adam on the natural gradient in a low-rank subspace.
 
@@ -109,6 +111,8 @@ def natural_galore(
       history_dtype: Storage dtype of the history, None for float32.
       side: Side of each matrix that is projected.
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
+      accumulation_steps: Microbatches a step; see :func:`ngalore_jax.low_rank`. Only
+        without a residual.
 
     Returns:
       An optimizer for ``optax.apply_updates``; ``update`` needs ``params``.
@@ -165,6 +169,7 @@ def natural_galore(
         weight_dimension_numbers=weight_dimension_numbers,
         side=side,
         clip_rank=clip_rank,
+        accumulation_steps=accumulation_steps,
     )
 
 
@@ -186,6 +191,7 @@ def galore(
     moments_at_refresh: AtRefresh = "rotate",
     side: Side = "smaller",
     clip_rank: bool = False,
+    accumulation_steps: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: Adam in a low-rank subspace of each matrix.
 
@@ -216,6 +222,8 @@ def galore(
       moments_at_refresh: ``"rotate"``, ``"keep"`` (as published) or ``"reset"``.
       side: Side of each matrix that is projected.
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
+      accumulation_steps: Microbatches a step; see :func:`ngalore_jax.low_rank`. Only
+        without a residual.
 
     Returns:
       An optimizer for ``optax.apply_updates``; ``update`` needs ``params``.
@@ -252,6 +260,7 @@ def galore(
         weight_dimension_numbers=weight_dimension_numbers,
         side=side,
         clip_rank=clip_rank,
+        accumulation_steps=accumulation_steps,
     )
 
 
@@ -264,6 +273,7 @@ def _optimizer(
     mask: Any | Callable[[optax.Params], Any] | None,
     *,
     weight_dimension_numbers: WeightDimensionNumbers | None,
+    accumulation_steps: int,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """``low_rank(inside, **settings)`` on matrices, ``full_rank`` on other leaves."""
@@ -276,7 +286,10 @@ def _optimizer(
         )
 
     projected = low_rank(
-        inside, weight_dimension_numbers=weight_dimension_numbers, **settings
+        inside,
+        weight_dimension_numbers=weight_dimension_numbers,
+        accumulation_steps=accumulation_steps,
+        **settings,
     )
     # As in low_rank: a NaN or an Inf in a leaf's gradient makes it a zero gradient.
     guard = optax.stateless(lambda updates, _: jax.tree.map(finite_or_zero, updates))
@@ -286,10 +299,15 @@ def _optimizer(
         step_size = optax.partition(
             {"low_rank": step_size, "full_rank": adam_step_size}, labels
         )
+    step = optax.chain(optax.add_decayed_weights(weight_decay, mask), step_size)
+    if accumulation_steps > 1:
+        full_rank = accumulate(full_rank, accumulation_steps)
+        step = optax.conditionally_mask(
+            step, lambda count: count % accumulation_steps == accumulation_steps - 1
+        )
     return optax.chain(
         optax.partition(
             {"low_rank": projected, "full_rank": optax.chain(guard, full_rank)}, labels
         ),
-        optax.add_decayed_weights(weight_decay, mask),
-        step_size,
+        step,
     )

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ngalore_jax import accumulation
 from ngalore_jax.leaves import FullRankLeaf, ProjectedLeaf
 from ngalore_jax.matrices import (
     Side,
@@ -35,7 +36,7 @@ class LowRankState(NamedTuple):
 
     count: jax.Array  # () int32
     projector: optax.Updates  # (..., m, r) basis_dtype, orthonormal columns
-    inner: optax.OptState  # of inner, on leaves of shape (..., r, n)
+    inner: optax.OptState  # of inner on leaves (..., r, n), or AccumulationState
     residual: ResidualState  # no arrays without a residual
 
 
@@ -51,6 +52,7 @@ def low_rank(
     side: Side = "smaller",
     clip_rank: bool = False,
     basis_dtype: jax.typing.DTypeLike | None = None,
+    accumulation_steps: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs ``inner`` in a low-rank subspace of each matrix.
 
@@ -95,6 +97,11 @@ def low_rank(
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
       basis_dtype: Storage dtype of the bases; None for float32 (float64 leaves:
         float64).
+      accumulation_steps: Microbatches a step, as in ``optax.MultiSteps``: ``update``
+        takes each one's gradient and returns zeros but for the last one's. Projected
+        gradients add up, ``r n`` elements a matrix, so nothing of size ``m n`` is
+        kept between calls. ``update_proj_gap`` counts steps; a refresh sees the first
+        microbatch's gradient. Not with a residual, which needs the whole gradient.
 
     Returns:
       A transformation. ``update`` takes the extra argument ``refresh``: None decides
@@ -106,12 +113,15 @@ def low_rank(
       projected leaf. Updates have the shape and dtype of the gradients.
 
     Raises:
-      TypeError: If ``rank`` is not an int known at trace time.
+      TypeError: If ``rank`` or ``accumulation_steps`` is not an int known when
+        tracing.
       ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``side`` is unknown,
-        or, at ``init``, a rank exceeds a side or axes do not fit a leaf.
+        ``accumulation_steps`` is below 1 or above it with a residual, or, at
+        ``init``, a rank exceeds a side or axes do not fit a leaf.
 
     Memory:
-      ``m r`` elements a matrix, ``n + 1`` with a residual, and ``inner``'s state.
+      ``m r`` elements a matrix, ``n + 1`` with a residual, ``r n + r r`` with
+      accumulation, and ``inner``'s state.
 
     Example:
       >>> import jax.numpy as jnp, optax, ngalore_jax as ng
@@ -124,7 +134,7 @@ def low_rank(
     References:
       Zhao et al., GaLore, 2024 (arXiv 2403.03507), algorithm 2.
     """
-    _check_arguments(rank, update_proj_gap, side)
+    _check_arguments(rank, update_proj_gap, side, accumulation_steps, residual)
     inner = optax.with_extra_args_support(inner)
     projector = subspace_iteration() if projector is None else projector
     if residual is not None and not isinstance(residual, Residual):
@@ -149,10 +159,16 @@ def low_rank(
         leaves, treedef = jax.tree.flatten(params)
         plans = list(zip(plan(params), leaves, strict=True))
         tree = treedef.unflatten
+        lows = tree([how.low(p) for how, p in plans])
+        if accumulation_steps > 1:
+            no_rotations = tree([how.no_rotation(p) for how, p in plans])
+            inner_state = accumulation.start(inner, lows, no_rotations)
+        else:
+            inner_state = inner.init(lows)
         return LowRankState(
             count=jnp.zeros([], jnp.int32),
             projector=tree([how.basis(p) for how, p in plans]),
-            inner=inner.init(tree([how.low(p) for how, p in plans])),
+            inner=inner_state,
             residual=ResidualState(
                 energy=tree([how.energy(p) for how, p in plans]),
                 norm=tree([how.norm(p) for how, p in plans]),
@@ -173,7 +189,8 @@ def low_rank(
         tree, leaves_of = treedef.unflatten, treedef.flatten_up_to
         count = state.count
 
-        due = count % update_proj_gap == 0 if refresh is None else refresh
+        gap = update_proj_gap * accumulation_steps
+        due = count % gap == 0 if refresh is None else refresh
         bases, rotations = when(
             due,
             lambda old: _transpose(
@@ -187,12 +204,15 @@ def low_rank(
         lows, finite = _transpose(
             2, [h.project(g, p) for h, g, p in zip(how, gradients, bases)]
         )
-        directions, inner_state = inner.update(
-            tree(lows),
-            state.inner,
-            subspace_change=SubspaceChange(due, tree(rotations)),
-            **extra_args,
-        )
+        change = SubspaceChange(due, tree(rotations))
+        if accumulation_steps > 1:
+            directions, inner_state = accumulation.add(
+                inner, accumulation_steps, tree(lows), state.inner, change, extra_args
+            )
+        else:
+            directions, inner_state = inner.update(
+                tree(lows), state.inner, subspace_change=change, **extra_args
+            )
         stages = zip(
             gradients,
             bases,
@@ -224,7 +244,13 @@ def _transpose(width: int, rows: list[tuple[Any, ...]]) -> tuple[list[Any], ...]
     return tuple([row[i] for row in rows] for i in range(width))
 
 
-def _check_arguments(rank: Any, update_proj_gap: Any, side: str) -> None:
+def _check_arguments(
+    rank: Any,
+    update_proj_gap: Any,
+    side: str,
+    accumulation_steps: int,
+    residual: Residual | float | None,
+) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(
             f"rank must be an int known at trace time, got {type(rank).__name__}; with "
@@ -237,4 +263,20 @@ def _check_arguments(rank: Any, update_proj_gap: Any, side: str) -> None:
     if side not in get_args(Side):
         raise ValueError(
             f"side must be one of {', '.join(get_args(Side))}, got {side!r}."
+        )
+    if not isinstance(accumulation_steps, int):
+        raise TypeError(
+            "accumulation_steps must be an int known at trace time, got "
+            f"{type(accumulation_steps).__name__}; with optax.inject_hyperparams add "
+            "'accumulation_steps' to static_args."
+        )
+    if accumulation_steps < 1:
+        raise ValueError(
+            f"accumulation_steps must be at least 1, got {accumulation_steps}."
+        )
+    if accumulation_steps > 1 and residual is not None:
+        raise ValueError(
+            f"accumulation_steps={accumulation_steps} keeps projected gradients only, "
+            "but residual needs the whole gradient: give residual=None, or add up the "
+            "gradients before update (optax.MultiSteps)."
         )
