@@ -107,7 +107,7 @@ class TextConfig:
         sequences: How documents become sequences. joined: one after the other, an
             end-of-document token between, attention across. packed: the same, but
             attention stays within a document. documents: one document each, cut or
-            padded, as published for C4.
+            padded, as published for C4. None: documents for C4, joined for other text.
         on_bad_input: Whether a file or record that cannot be read stops the run, or is
             skipped and counted.
         tokenizer: A tokenizer.json or a SentencePiece model, or "t5-base" for the
@@ -124,11 +124,21 @@ class TextConfig:
     shuffle_buffer: int = 1024
     workers: int = 0
     token_cache: Path | None = None
-    sequences: Sequences = "joined"
+    sequences: Sequences | None = None
     on_bad_input: Literal["error", "skip"] = "error"
     tokenizer: Path | Literal["t5-base"] | None = None
     sequence_length: int = 256
     validation_tokens: int = 131_072
+
+    @property
+    def is_c4(self) -> bool:
+        """Whether the text is the hub's C4."""
+        return self.data == ("c4",)
+
+    @property
+    def treatment(self) -> Sequences:
+        """How documents become sequences, the default resolved."""
+        return self.sequences or ("documents" if self.is_c4 else "joined")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,16 +255,13 @@ class PretrainConfig:
             )
         if (run.resume or run.auto_resume) and run.overwrite:
             raise ValueError("--resume keeps a run, --overwrite deletes it: give one.")
+        if rest.accumulate == "subspace":
+            _check_subspace_accumulation(rest)
 
     @property
     def devices(self) -> int:
         """Number of devices the run takes."""
         return self.mesh.data * self.mesh.fsdp * self.mesh.tensor
-
-    @property
-    def streams_text(self) -> bool:
-        """Whether text is read while training."""
-        return self.text.stream or self.text.data == ("c4",)
 
     @property
     def run_dir(self) -> Path:
@@ -276,6 +283,7 @@ class PretrainConfig:
         for name in ("resume", "auto_resume", "overwrite"):
             del config["run"][name]
         config["optimization"]["learning_rate"] = self.learning_rate
+        config["text"]["sequences"] = self.text.treatment
         return config
 
     def identity(self) -> dict[str, Any]:
@@ -300,6 +308,22 @@ class PretrainConfig:
             config[name] = config["run"][name]
         del config["run"]
         return config
+
+
+def _check_subspace_accumulation(config: OptimizerConfig) -> None:
+    needs = {
+        "--optimizer galore or natural_galore": config.optimizer
+        in ("galore", "natural_galore"),
+        "--residual None, for the residual needs the whole gradient": (
+            config.optimizer == "galore" or config.residual is None
+        ),
+        "--clip-norm None, for the whole gradient's norm is not known": (
+            config.clip_norm is None
+        ),
+    }
+    missing = [what for what, there in needs.items() if not there]
+    if missing:
+        raise ValueError(f"--accumulate subspace needs {'; '.join(missing)}.")
 
 
 def _check_at_least(least: int, group: Any, *names: str) -> None:

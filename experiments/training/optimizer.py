@@ -29,7 +29,11 @@ def takes_explicit_axes(config: OptimizerConfig) -> bool:
 
 
 def build_optimizer(
-    config: OptimizerConfig, *, learning_rate: float, steps: int
+    config: OptimizerConfig,
+    *,
+    learning_rate: float,
+    steps: int,
+    microbatches: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer that `config` names.
 
@@ -37,19 +41,26 @@ def build_optimizer(
         config: The method and its settings.
         learning_rate: Peak learning rate of the hidden matrices.
         steps: Steps of the whole run; the schedule ends there.
+        microbatches: With `accumulate="subspace"`, the updates that make up a step,
+            one a microbatch.
 
     Returns:
         A transformation of a model's parameters: nested dictionaries whose hidden
         matrices are leaves named `kernel` outside `lm_head`.
     """
+    in_subspace = config.accumulate == "subspace" and microbatches > 1
     method = _METHODS[config.optimizer](
-        config, learning_rate_schedule(config, learning_rate, steps)
+        config,
+        learning_rate_schedule(config, learning_rate, steps),
+        **({"accumulation_steps": microbatches} if in_subspace else {}),
     )
     adam = optax.adam(
         learning_rate_schedule(config, config.adam_learning_rate, steps),
         b1=config.b1,
         b2=config.b2,
     )
+    if in_subspace:
+        adam = optax.MultiSteps(adam, microbatches).gradient_transformation()
     optimizer = optax.partition({"matrix": method, "other": adam}, matrix_labels)
     if config.clip_norm is None:
         return optimizer
@@ -132,7 +143,9 @@ def _adamw(
 
 
 def _galore(
-    config: OptimizerConfig, learning_rate: optax.Schedule
+    config: OptimizerConfig,
+    learning_rate: optax.Schedule,
+    accumulation_steps: int = 1,
 ) -> optax.GradientTransformation:
     return ng.galore(
         learning_rate,
@@ -142,11 +155,14 @@ def _galore(
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,
+        accumulation_steps=accumulation_steps,
     )
 
 
 def _natural_galore(
-    config: OptimizerConfig, learning_rate: optax.Schedule
+    config: OptimizerConfig,
+    learning_rate: optax.Schedule,
+    accumulation_steps: int = 1,
 ) -> optax.GradientTransformation:
     return ng.natural_galore(
         learning_rate,
@@ -159,6 +175,7 @@ def _natural_galore(
         b2=config.b2,
         weight_decay=config.weight_decay,
         residual=config.residual,
+        accumulation_steps=accumulation_steps,
     )
 
 
@@ -191,7 +208,7 @@ def _optax_galore(
     )
 
 
-_Method = Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]
+_Method = Callable[..., optax.GradientTransformation]
 _METHODS: dict[str, _Method] = {
     "adamw": _adamw,
     "galore": _galore,

@@ -1,19 +1,20 @@
 """One optimizer step and one evaluation, as pure functions to compile."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.training.microbatches import (
+    Batch,
+    LossFn,
+    update_at_once,
+    update_by_piece,
+)
 from experiments.training.state import TrainState
 
-Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
-# (params, batch) -> (sum of weighted losses, sum of weights), float32 scalars. Sums,
-# not a mean, because pieces of a batch may differ in weight.
-LossFn = Callable[[optax.Params, Batch], tuple[jax.Array, jax.Array]]
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -23,9 +24,14 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     microbatches: int = 1,
+    by_piece: bool = False,
     shardings: TrainState | None = None,
+    refresh: bool | None = None,
 ) -> StepFn:
     """Compiles `(state, batch) -> (state, metrics)`; the old state is given up.
+
+    A step whose loss or gradient is not finite is skipped: parameters and optimizer
+    state stay as they are, bit for bit, and only `step` counts on.
 
     Args:
         loss_fn: Weighted sum of losses and sum of weights of a batch.
@@ -33,67 +39,46 @@ def make_train_step(
         schedule: Learning rate by step, for the metrics only.
         microbatches: Pieces the leading axis of every batch array is cut into; their
             gradients are added up in float32, so that memory follows the piece.
+        by_piece: The optimizer adds up the gradients of `microbatches` itself, one
+            update each. A piece that is not finite is then skipped, not the step.
         shardings: Sharding of every leaf of the state, kept from step to step; on
             auto mesh axes the compiler would choose others, and compile again for
             them. None: one device, where there is no choice.
+        refresh: Compiles the step without (False) or with (True) a refresh of the
+            subspaces alone, as `ngalore_jax.low_rank` says; other optimizers have
+            none. None: the optimizer's count decides. Not with `by_piece`.
 
     Returns:
         The compiled step. Metrics are float32 scalars: `loss` (weighted mean),
-        `gradient_norm`, `update_norm`, `learning_rate`, `tokens` (sum of weights).
+        `gradient_norm`, `update_norm` (0 if skipped), `learning_rate` (by `step`, so
+        ahead of the optimizer's by the steps skipped), `tokens` (sum of weights),
+        `skipped` (1 if anything was, else 0).
     """
+    optimizer = optax.with_extra_args_support(optimizer)
+    update = update_by_piece if by_piece else update_at_once
+    extra_args = {} if refresh is None else {"refresh": refresh}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss_sum, weight_sum, gradient_sum = accumulate_gradients(
-            loss_fn, state.params, batch, microbatches
-        )
-        # A batch without any weight has loss 0 and gradient 0, not 0 / 0.
-        divisor = jnp.maximum(weight_sum, 1e-6)
-        gradients = jax.tree.map(
-            lambda g, p: (g.astype(jnp.float32) / divisor).astype(p.dtype),
-            gradient_sum,
+        done = update(
+            loss_fn,
+            optimizer,
             state.params,
+            state.opt_state,
+            batch,
+            microbatches,
+            **extra_args,
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         metrics = {
-            "loss": loss_sum / divisor,
-            "gradient_norm": _norm(gradients),
-            "update_norm": _norm(updates),
+            "loss": done.loss / jnp.maximum(done.weight, 1e-6),
+            "gradient_norm": done.gradient_norm,
+            "update_norm": done.update_norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "tokens": weight_sum,
+            "tokens": done.weight,
+            "skipped": 1 - done.finite.astype(jnp.float32),
         }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(done.params, done.opt_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def accumulate_gradients(
-    loss_fn: LossFn, params: optax.Params, batch: Batch, microbatches: int
-) -> tuple[jax.Array, jax.Array, optax.Updates]:
-    """Returns sums over a batch: losses, weights, gradient.
-
-    The gradient has the parameters' dtypes for one piece and float32 for several.
-    """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    if microbatches == 1:
-        (loss_sum, weight_sum), gradient_sum = value_and_grad(params, batch)
-        return loss_sum, weight_sum, gradient_sum
-
-    def add(carry: Any, piece: Batch) -> tuple[Any, None]:
-        (loss, weight), gradient = value_and_grad(params, piece)
-        return jax.tree.map(lambda c, x: c + x, carry, (loss, weight, gradient)), None
-
-    zero = jnp.zeros((), jnp.float32)
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
-    # Strided, not contiguous, pieces: each keeps the batch axis' sharding.
-    pieces = jax.tree.map(
-        lambda x: jnp.moveaxis(
-            x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0
-        ),
-        batch,
-    )
-    sums, _ = jax.lax.scan(add, (zero, zero, zeros), pieces)
-    return sums
 
 
 def make_evaluate(
@@ -117,29 +102,25 @@ def make_evaluate(
 
 
 def next_token_loss(
-    apply: Callable[[optax.Params, jax.Array], jax.Array],
+    apply: Callable[..., jax.Array],
 ) -> LossFn:
     """Makes the loss of a language model.
 
     Args:
-        apply: `(params, tokens (B, T) int32) -> logits (B, T, V) float32`.
+        apply: `(params, tokens (B, T) int32) -> logits (B, T, V) float32`; takes a
+            third argument, segments like the tokens, if batches have them.
 
     Returns:
         A loss function of batches `{"tokens": (B, T + 1) int32, "weights": (B, T)
-        float32}`; position t predicts token t + 1 with weight t.
+        float32}`; position t predicts token t + 1 with weight t. With `"segments":
+        (B, T + 1) int32` a position attends to those of its own segment only.
     """
 
     def loss_fn(params: optax.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         tokens, weights = batch["tokens"], batch["weights"]
-        logits = apply(params, tokens[:, :-1])
+        segments = [batch["segments"][:, :-1]] if "segments" in batch else []
+        logits = apply(params, tokens[:, :-1], *segments)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return jnp.sum(losses * weights), jnp.sum(weights)
 
     return loss_fn
-
-
-def _norm(tree: optax.Updates) -> jax.Array:
-    squares = [
-        jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)
-    ]
-    return jnp.sqrt(sum(squares))
