@@ -136,6 +136,11 @@ class TextConfig:
         return self.data == ("c4",)
 
     @property
+    def streamed(self) -> bool:
+        """Whether text is read while training."""
+        return self.stream or self.is_c4
+
+    @property
     def treatment(self) -> Sequences:
         """How documents become sequences, the default resolved."""
         return self.sequences or ("documents" if self.is_c4 else "joined")

@@ -6,15 +6,12 @@ resume it and to explain it.
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import grain
 import jax
 import numpy as np
 import optax
@@ -23,16 +20,18 @@ from rich.console import Console
 
 import ngalore_jax as ng
 from experiments.configs import PretrainConfig
-from experiments.data.corpus import load_corpus
-from experiments.data.pipeline import tokenize, train_batches, validation_batches
-from experiments.data.tokenizer import load_tokenizer, train_bpe
+from experiments.data.batches import Share
+from experiments.data.text import Text, load_text
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.presets import parse
+from experiments.training import distributed
 from experiments.training.checkpoint import Checkpointer
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Outcome, Plan, train
 from experiments.training.mesh import batch_sharding, make_mesh
-from experiments.training.metrics import MetricsWriter, read_metrics
+from experiments.training.metrics import MetricsWriter, NullMetrics, read_metrics
+from experiments.training.microbatches import Batch, LossFn
+from experiments.training.mirrors import open_mirrors
 from experiments.training.optimizer import (
     adamw_state_bytes,
     build_optimizer,
@@ -42,13 +41,8 @@ from experiments.training.optimizer import (
 from experiments.training.progress import ConsoleProgress
 from experiments.training.report import Report, megabytes
 from experiments.training.state import TrainState, create_state, shardings_of
-from experiments.training.step import (
-    Batch,
-    LossFn,
-    make_evaluate,
-    make_train_step,
-    next_token_loss,
-)
+from experiments.training.step import make_evaluate, make_train_step, next_token_loss
+from experiments.training.throughput import Throughput
 
 _PROGRAM = "python -m experiments.pretrain"
 if "UV_RUN_RECURSION_DEPTH" in os.environ:  # set by `uv run`, whose python it was
@@ -56,157 +50,175 @@ if "UV_RUN_RECURSION_DEPTH" in os.environ:  # set by `uv run`, whose python it w
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """The text of a run, ready for training."""
-
-    batches: grain.DatasetIterator  # endless
-    validation: list[Batch]  # always the same
-    bytes_per_token: float  # over the validation batches
-    identity: dict[str, str]  # fingerprints of text and tokenizer
-    summary: Mapping[str, Any]  # what was read, for people
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     args = list(sys.argv[1:] if args is None else args)
-    console = Console(highlight=False)
     try:
         config = parse(args)
-        folder = RunFolder(config.run_dir)
-        folder.claim(resume=config.run.resume, overwrite=config.run.overwrite)
-        text = load_text(config, folder, console)
-        outcome = pretrain(config, folder, text, console)
+        if config.mesh.distributed:
+            distributed.join()
+        console = Console(highlight=False, quiet=not distributed.is_first())
+        folder = RunFolder(config.run_dir, config.run.checkpoint_dir)
+        outcome = pretrain(config, folder, console)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted with nothing new to save.", file=sys.stderr)
         return _INTERRUPTED
-    if outcome.interrupted:
+    if outcome.stopped_by is not None:
         console.print(
             f"Saved step {int(outcome.state.step)} of {config.run.steps} in "
             f"{folder.checkpoints}. Go on with:\n  {_resume_command(args)}",
             soft_wrap=True,
             markup=False,
         )
-        return _INTERRUPTED
-    report = make_report(config, folder, outcome.state, command(args))
-    path = report.write(folder.path, read_metrics(folder.metrics))
-    report.show(console)
-    console.print(f"Report: {path}", soft_wrap=True)
-    return 0
+    elif distributed.is_first():
+        report = make_report(config, folder, outcome.state, command(args))
+        path = report.write(folder.path, read_metrics(folder.metrics))
+        report.show(console)
+        console.print(f"Report: {path}", soft_wrap=True)
+    return outcome.exit_code
 
 
-def load_text(config: PretrainConfig, folder: RunFolder, console: Console) -> Text:
-    """Reads the corpus, trains or loads the tokenizer and cuts batches."""
-    settings, model = config.text, config.model
-    with console.status("Reading text", spinner="line"):
-        corpus = load_corpus(
-            settings.data,
-            validation_patterns=settings.validation_data,
-            on_bad_input=settings.on_bad_input,
-        )
-    summary = corpus.summary
-    console.print(
-        f"Text: {summary['source']}: {summary['documents']:,} documents, "
-        f"{summary['bytes'] / 1e6:.1f} MB",
-        markup=False,
-    )
-    for reason, count in summary["skipped"].items():
-        console.print(f"  skipped {count:,}: {reason}", markup=False)
-    with console.status("Tokenizing", spinner="line"):
-        if settings.tokenizer is None:
-            tokenizer = train_bpe(corpus.train, model.vocab_size, folder.tokenizer)
-        else:
-            tokenizer = load_tokenizer(settings.tokenizer)
-        if tokenizer.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model "
-                f"{model.vocab_size}: give --model.vocab-size {tokenizer.vocab_size}."
+def pretrain(config: PretrainConfig, folder: RunFolder, console: Console) -> Outcome:
+    """Trains a model in `folder`, from scratch or from its newest checkpoint."""
+    run = config.run
+    with distributed.agreed():
+        if distributed.is_first():
+            folder.claim(
+                resume=run.resume, auto_resume=run.auto_resume, overwrite=run.overwrite
             )
-        train_tokens = tokenize(corpus.train, tokenizer)
-        validation_tokens = tokenize(corpus.validation, tokenizer)
-    return Text(
-        batches=train_batches(
-            train_tokens,
-            batch_size=config.run.batch_size,
-            sequence_length=settings.sequence_length,
-            seed=config.run.seed,
-        ),
-        validation=validation_batches(
-            validation_tokens,
-            # Evaluated in pieces as large as those that training works on.
-            batch_size=config.run.batch_size // config.run.microbatches,
-            sequence_length=settings.sequence_length,
-            max_tokens=settings.validation_tokens,
-        ),
-        bytes_per_token=validation_tokens.bytes_per_token(settings.validation_tokens),
-        identity={
-            "text": summary["fingerprint"],
-            "tokenizer": tokenizer.fingerprint,
-        },
-        summary=summary,
+        place, share, mesh = lay_out(config, console)
+        text = load_run_text(config, folder, share, console)
+    with contextlib.ExitStack() as stack:
+        stack.callback(text.batches.close)
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        return train_on(config, folder, text, place, mesh, console, stack)
+
+
+def lay_out(
+    config: PretrainConfig, console: Console
+) -> tuple[Callable[[Batch], Batch], Share, jax.sharding.Mesh | None]:
+    """Returns how batches reach the devices, this process' share of them, the mesh."""
+    there = jax.device_count()
+    if config.devices < there:
+        unused = f"{config.devices} of {there} devices are used"
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{unused}, but processes train together on all of them: choose "
+                f"--mesh.data, --mesh.fsdp and --mesh.tensor whose product is {there}."
+            )
+        console.print(f"{unused}; --mesh.fsdp {there} uses all of them.")
+    if config.devices == 1:
+        return jax.device_put, Share(), None
+    mesh = make_mesh(
+        config.mesh.data,
+        config.mesh.fsdp,
+        config.mesh.tensor,
+        explicit=takes_explicit_axes(config.optimization),
     )
+    place = distributed.BatchPlacement(batch_sharding(mesh))
+    return place, place.share, mesh
 
 
-def pretrain(
-    config: PretrainConfig, folder: RunFolder, text: Text, console: Console
+def load_run_text(
+    config: PretrainConfig, folder: RunFolder, share: Share, console: Console
+) -> Text:
+    """Reads the text of a run, this process' share of every batch."""
+    with console.status("Reading and tokenizing text", spinner="line"):
+        return load_text(
+            config.text,
+            vocab_size=config.model.vocab_size,
+            batch_size=config.run.batch_size,
+            # Evaluated in pieces as large as those that training works on.
+            eval_batch_size=config.run.batch_size // config.run.microbatches,
+            seed=config.run.seed,
+            share=share,
+            tokenizer_file=folder.tokenizer,
+            report=lambda line: console.print(line, markup=False, soft_wrap=True),
+        )
+
+
+def train_on(
+    config: PretrainConfig,
+    folder: RunFolder,
+    text: Text,
+    place: Callable[[Batch], Batch],
+    mesh: jax.sharding.Mesh | None,
+    console: Console,
+    stack: contextlib.ExitStack,
 ) -> Outcome:
-    """Trains a model on `text` in `folder`, from scratch or from its checkpoint."""
+    """Trains on `text`; what has to be closed in the end goes onto `stack`."""
     run, steps = config.run, config.run.steps
-    mesh = sharding = None
-    if config.devices > 1:
-        explicit = takes_explicit_axes(config.optimization)
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, explicit=explicit)
-        sharding = batch_sharding(mesh)
     init_params, apply = functional_llama(config.model)
     loss_fn = next_token_loss(apply)
     optimizer = build_optimizer(
-        config.optimization, learning_rate=config.learning_rate, steps=steps
+        config.optimization,
+        learning_rate=config.learning_rate,
+        steps=steps,
+        microbatches=run.microbatches,
     )
-
-    def place(batch: Batch) -> Batch:
-        return jax.device_put(batch, sharding)
-
-    with contextlib.ExitStack() as stack:
-        if mesh is not None:
-            stack.enter_context(jax.set_mesh(mesh))
-        state = create_state(init_params, optimizer, seed=run.seed, mesh=mesh)
-        if run.overwrite:
+    state = create_state(init_params, optimizer, seed=run.seed, mesh=mesh)
+    settings = config.as_dict() | {"corpus": dict(text.summary)}
+    with distributed.agreed():
+        if run.overwrite and distributed.is_first():
             folder.delete_run()
-        checkpointer = stack.enter_context(
-            Checkpointer(
-                folder.checkpoints,
-                keep=run.keep_checkpoints,
-                identity=config.identity() | text.identity,
-            )
+
+    def report(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    checkpointer = stack.enter_context(
+        Checkpointer(
+            folder.checkpoints,
+            keep=run.keep_checkpoints,
+            identity=config.identity() | text.identity,
+            config=settings,
+            report=report,
         )
-        if run.resume:
-            state = checkpointer.restore(state, text.batches)
-        folder.write_config(config.as_dict() | {"corpus": dict(text.summary)})
-        done = int(state.step)
-        return train(
-            state,
-            step_fn=make_train_step(
-                loss_fn,
-                optimizer,
-                learning_rate_schedule(
-                    config.optimization, config.learning_rate, steps
+    )
+    state = checkpointer.start(
+        state, text.batches, resume=run.resume, auto_resume=run.auto_resume
+    )
+    done = int(state.step)
+    metrics, earlier = NullMetrics(), []
+    with distributed.agreed():
+        if distributed.is_first():
+            folder.write_config(settings)
+            metrics = MetricsWriter(
+                folder.metrics,
+                keep_until=done,
+                mirrors=open_mirrors(
+                    folder.path,
+                    keep_until=done,
+                    wandb_project=run.wandb,
+                    config=settings,
+                    report=report,
                 ),
-                microbatches=run.microbatches,
-                shardings=None if mesh is None else shardings_of(state),
-            ),
-            batches=text.batches,
-            place=place,
-            evaluate=make_validation(loss_fn, place, text),
-            plan=Plan(steps, run.eval_every, run.checkpoint_every),
-            checkpointer=checkpointer,
-            metrics=stack.enter_context(MetricsWriter(folder.metrics, keep_until=done)),
-            progress=stack.enter_context(
-                ConsoleProgress(console, steps=steps, done=done)
-            ),
-        )
+                report=report,
+            )
+            earlier = read_metrics(folder.metrics)
+    step_fn = make_train_step(
+        loss_fn,
+        optimizer,
+        learning_rate_schedule(config.optimization, config.learning_rate, steps),
+        microbatches=run.microbatches,
+        by_piece=config.optimization.accumulate == "subspace" and run.microbatches > 1,
+        shardings=None if mesh is None else shardings_of(state),
+    )
+    return train(
+        state,
+        step_fn=step_fn,
+        batches=text.batches,
+        place=place,
+        evaluate=make_validation(loss_fn, place, text),
+        plan=Plan(steps, run.eval_every, run.checkpoint_every, run.max_skipped),
+        checkpointer=checkpointer,
+        metrics=stack.enter_context(metrics),
+        progress=stack.enter_context(ConsoleProgress(console, steps=steps, done=done)),
+        earlier=earlier,
+    )
 
 
 def make_validation(

@@ -14,7 +14,7 @@ import optax
 
 from ngalore_jax import projection, sharding
 from ngalore_jax.matrices import MatrixView, work_dtype
-from ngalore_jax.projectors import Projector
+from ngalore_jax.projectors import Projector, first_basis
 from ngalore_jax.residual import Residual
 
 _NOTHING = optax.MaskedNode()
@@ -37,10 +37,10 @@ class ProjectedLeaf:
     basis_dtype: jax.typing.DTypeLike | None
 
     def basis(self, leaf: Any) -> jax.Array:
-        """First basis: the leading columns of the identity, ``(*batch, m, r)``."""
-        shape = (*self.view.batch_shape, self.view.m, self.view.rank)
+        """First basis: :func:`projectors.first_basis`, ``(*batch, m, r)``."""
         dtype = work_dtype(leaf) if self.basis_dtype is None else self.basis_dtype
-        return sharding.eye(shape, dtype, self._specs(leaf).basis)
+        first = first_basis(self.view.m, self.view.rank, work_dtype(leaf)).astype(dtype)
+        return sharding.repeat(first, self.view.batch_shape, self._specs(leaf).basis)
 
     def low(self, leaf: Any) -> jax.Array:
         """Zeros like the projected gradient, ``(*batch, r, n)``."""
@@ -70,18 +70,28 @@ class ProjectedLeaf:
         self, gradient: jax.Array, basis: jax.Array, count: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """New basis and the rotation into it."""
-        fn = functools.partial(
-            projection.refresh_basis, view=self.view, projector=self.projector
-        )
         spec = self._specs(gradient).basis
+        axes = sharding.spreading_axes(self.view, gradient)
+        refresh = functools.partial(projection.refresh_basis, projector=self.projector)
+        spread = sharding.spread(refresh, axes, spec)
+
+        def fn(
+            gradient: jax.Array, basis: jax.Array, count: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            return spread(self.view.to_matrix(gradient), basis, count)
+
         return sharding.pinned(fn, (spec, spec))(gradient, basis, count)
 
     def project(
         self, gradient: jax.Array, basis: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Projected gradient, and which matrices are finite ``(*batch, 1, 1)``."""
-        fn = functools.partial(projection.project, view=self.view)
-        specs = self._specs(gradient)
+        specs, exact = self._specs(gradient), self.residual is not None
+
+        def fn(gradient: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+            basis = sharding.split(basis, specs.used_basis)
+            return projection.project(gradient, basis, view=self.view, exact=exact)
+
         return sharding.pinned(fn, (specs.low, specs.basis))(gradient, basis)
 
     def project_back(

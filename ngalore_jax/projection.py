@@ -11,54 +11,77 @@ from ngalore_jax.matrices import MatrixView, work_dtype
 from ngalore_jax.projectors import Projector
 from ngalore_jax.residual import Residual
 
+_HIGHEST = jax.lax.Precision.HIGHEST
+
 
 def refresh_basis(
     gradient: jax.Array,
     basis: jax.Array,
     count: jax.Array,
     *,
-    view: MatrixView,
     projector: Projector,
 ) -> tuple[jax.Array, jax.Array]:
-    """New basis from the gradient, and the rotation ``P_new^T P_old`` ``(..., r, r)``.
+    """New basis from matrices, and the rotation ``P_new^T P_old`` ``(..., r, r)``.
 
     A matrix whose gradient is zero or not finite keeps its basis.
     """
-    matrix = view.to_matrix(gradient).astype(work_dtype(gradient))
+    matrix = gradient.astype(work_dtype(gradient))
     peak = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    usable = jnp.isfinite(peak) & (peak > 0)
+    # Not by the peak: a maximum over devices need not pass on one device's NaN.
+    finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
+    usable = finite & (peak > 0)
     # At unit size the projector's squares neither overflow nor vanish.
     matrix = jnp.where(usable, matrix / jnp.where(usable, peak, 1), 0)
     old = basis.astype(matrix.dtype)
     new = projector(matrix, old, count)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
     new = jnp.where(usable, new, old)
-    rotation = jnp.einsum(
-        "...mr,...mq->...rq", new, old, precision=jax.lax.Precision.HIGHEST
-    )
+    rotation = jnp.einsum("...mr,...mq->...rq", new, old, precision=_HIGHEST)
     return new.astype(basis.dtype), rotation
 
 
 def project(
-    gradient: jax.Array, basis: jax.Array, *, view: MatrixView
+    gradient: jax.Array, basis: jax.Array, *, view: MatrixView, exact: bool
 ) -> tuple[jax.Array, jax.Array]:
     """``R = P^T G``, and which matrices are finite ``(..., 1, 1)``; zero where not.
 
     Every entry of ``G`` enters some entry of ``R``, and a NaN or an Inf times
     anything, zero included, is not finite: looking at the smaller ``R`` is enough.
+
+    ``exact`` is for a residual, which is a difference: ``|G|^2 - |R|^2`` a column, and
+    ``G - P R``. Accelerators by default round float32 factors to 8 or 11 bits, and the
+    compensation would blow up a difference of that size as if it were gradient. A
+    bfloat16 ``G`` does not help, since ``P`` is rounded as well. Without a residual
+    such rounding is far below the noise of a gradient, and HIGHEST would cost three to
+    fifteen times the product.
     """
     matrix = view.to_matrix(gradient).astype(work_dtype(gradient))
-    low = jnp.einsum("...mr,...mn->...rn", basis.astype(matrix.dtype), matrix)
+    low = jnp.einsum(
+        "...mr,...mn->...rn",
+        basis.astype(matrix.dtype),
+        matrix,
+        precision=_HIGHEST if exact else None,
+    )
     finite = jnp.all(jnp.isfinite(low), axis=(-2, -1), keepdims=True)
     return jnp.where(finite, low, 0), finite
 
 
 def project_back(
-    direction: jax.Array, basis: jax.Array, scale: jax.Array, *, view: MatrixView
+    direction: jax.Array,
+    basis: jax.Array,
+    scale: jax.Array,
+    *,
+    view: MatrixView,
+    exact: bool = False,
 ) -> jax.Array:
     """``scale P N`` in the leaf's shape and the direction's dtype."""
-    basis = basis.astype(direction.dtype)
-    return view.from_matrix(jnp.einsum("...mr,...rn->...mn", basis, scale * direction))
+    matrix = jnp.einsum(
+        "...mr,...rn->...mn",
+        basis.astype(direction.dtype),
+        scale * direction,
+        precision=_HIGHEST if exact else None,
+    )
+    return view.from_matrix(matrix)
 
 
 def project_back_with_residual(
@@ -89,7 +112,9 @@ def project_back_with_residual(
         view.m - view.rank,
     )
     weights = weights[..., None, :]
-    inside = project_back(direction - weights * low, basis, scale, view=view)
+    inside = project_back(
+        direction - weights * low, basis, scale, view=view, exact=True
+    )
     return inside + view.from_matrix(scale * weights * matrix), energy, norm
 
 

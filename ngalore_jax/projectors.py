@@ -6,10 +6,11 @@ matrices:
     projector(gradient, basis, count) -> basis
 
 with ``gradient`` ``(..., m, n)`` float32 (float64 for float64 leaves) scaled so
-that its largest entry is 1, ``basis`` ``(..., m, r)`` the old basis (the first
-``r`` columns of the identity before the first refresh) and ``count`` the int32
-step. It returns orthonormal columns. A zero or non-finite gradient never decides
-a basis: :func:`ngalore_jax.low_rank` keeps the old one then.
+that its largest entry is 1, ``basis`` ``(..., m, r)`` the old basis
+(:func:`first_basis` before the first refresh) and ``count`` the int32 step. It returns
+orthonormal columns. A zero or non-finite gradient never decides a basis:
+:func:`ngalore_jax.low_rank` keeps the old one then. Each matrix must be treated alone:
+on a mesh every device calls the projector for its own part of a batch.
 
 ====================== ============================ ==============================
 projector              cost of a refresh (FLOP)     follows the old basis
@@ -35,6 +36,20 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 _COLD_START_ITERATIONS = 7
 # Length of what is added to each old column, for the directions it is blind to.
 _EXPLORATION = 1e-3
+
+
+def first_basis(m: int, r: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """The basis before the first refresh, ``(m, r)``: a count sketch.
+
+    Row ``i`` has one entry, of random sign, in column ``i mod r``. Columns are
+    orthonormal, and all rows of a gradient are seen by a matrix that keeps this basis
+    for a while because its first gradient was zero. The zeros tell it from every basis
+    that a refresh makes.
+    """
+    signs = jax.random.rademacher(jax.random.key(0), (m, 1), dtype)
+    row, column = jnp.arange(m)[:, None], jnp.arange(r)[None, :]
+    rows_of_column = ((m - 1 - column) // r + 1).astype(dtype)
+    return jnp.where(row % r == column, signs / jnp.sqrt(rows_of_column), 0)
 
 
 def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
@@ -73,8 +88,10 @@ def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
         key = jax.random.fold_in(jax.random.key(seed), count)
         batch_ones = (1,) * (basis.ndim - 2)
         fresh = jax.random.normal(key, (m, r), basis.dtype).reshape(*batch_ones, m, r)
-        untouched = jnp.eye(m, r, dtype=basis.dtype).reshape(*batch_ones, m, r)
-        cold = jnp.all(basis == untouched, axis=(-2, -1), keepdims=True)
+        first = first_basis(m, r, basis.dtype).reshape(*batch_ones, m, r)
+        # Within the rounding of a bfloat16 store; zeros are exact.
+        is_first = jnp.abs(basis - first) <= 2**-8 * jnp.abs(first)
+        cold = jnp.all(is_first, axis=(-2, -1), keepdims=True)
         basis = jnp.where(cold, fresh, basis + _EXPLORATION / math.sqrt(m) * fresh)
 
         def iterate(i: jax.Array, basis: jax.Array) -> jax.Array:

@@ -8,10 +8,12 @@ side ``n`` sharded (FSDP on the side that is not projected), projection, Adam, t
 natural gradient and the projection back run on local shards.
 
 The matrix maths itself runs with automatic axes, its outputs pinned to those
-types: factorisations are not defined on explicitly sharded operands. Without an
-explicit mesh everything here is the identity.
+types: factorisations are not defined on explicitly sharded operands. A refresh moves
+each stack of matrices to "one's own matrices on every device" (:func:`spread`) and
+back; the steady update never does. Without a mesh everything here is the identity.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ class LeafSpecs(NamedTuple):
     """Specs of a projected leaf's state."""
 
     basis: Spec  # (..., m, r), and (..., r, r)
+    used_basis: Spec  # (..., m, r), m split like the leaf, for products with it
     low: Spec  # (..., r, n)
     columns: Spec  # (..., n)
     batch: Spec  # (...)
@@ -42,11 +45,16 @@ def leaf_specs(view: MatrixView, leaf: Any) -> LeafSpecs:
     """Specs of the state of a leaf: batch axes and kept side as in the leaf."""
     spec = spec_of(leaf)
     batch = [spec[axis] for axis in view.batch]
-    # Of several merged axes only the major one can stay sharded in the merged axis.
-    minor = [spec[axis] for axis in view.kept[1:]]
-    kept = spec[view.kept[0]] if all(axis is None for axis in minor) else None
+
+    def side(axes: tuple[int, ...]) -> Any:
+        # Of several merged axes only the major one can stay sharded in the merged axis.
+        major, *minor = [spec[axis] for axis in axes]
+        return major if all(axis is None for axis in minor) else None
+
+    kept = side(view.kept)
     return LeafSpecs(
         Spec(*batch, None, None),
+        Spec(*batch, side(view.projected), None),
         Spec(*batch, None, kept),
         Spec(*batch, kept),
         Spec(*batch),
@@ -58,10 +66,10 @@ def zeros(shape: tuple[int, ...], dtype: Any, spec: Spec) -> jax.Array:
     return jnp.zeros(shape, dtype, out_sharding=_used(spec))
 
 
-def eye(shape: tuple[int, ...], dtype: Any, spec: Spec) -> jax.Array:
-    """Batch of identity columns ``(..., m, r)`` of the given explicit sharding."""
-    identity = jnp.broadcast_to(jnp.eye(*shape[-2:], dtype=dtype), shape)
-    return identity if _used(spec) is None else jax.sharding.reshard(identity, spec)
+def repeat(matrix: jax.Array, batch: tuple[int, ...], spec: Spec) -> jax.Array:
+    """A matrix for every member of a batch, of the given explicit sharding."""
+    repeated = jnp.broadcast_to(matrix, (*batch, *matrix.shape))
+    return repeated if _used(spec) is None else jax.sharding.reshard(repeated, spec)
 
 
 def pinned(fn: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
@@ -75,6 +83,110 @@ def pinned(fn: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
     if mesh.empty or not mesh.explicit_axes:
         return fn
     return jax.sharding.auto_axes(fn, out_sharding=out_specs)
+
+
+def split(x: jax.Array, spec: Spec) -> jax.Array:
+    """Inside :func:`pinned`: takes one's own part of a copied array, if it has parts.
+
+    For the factor beside a split one. The compiler may otherwise gather that one, a
+    whole gradient, instead of adding up the smaller products of the parts.
+    """
+    return x if _used(spec) is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def spreading_axes(view: MatrixView, leaf: Any) -> tuple[str, ...]:
+    """Mesh axes that :func:`spread` lays a leaf's matrices over, in this order.
+
+    First those that the batch is split over already, then those that hold copies, then
+    those of the two sides. Of several on one side the minor one goes first: what is
+    left of the side is then whole blocks. On automatic axes, where an array's type does
+    not tell, the order is the mesh's.
+
+    Returns:
+      The axes; none without a mesh, where no device would have fewer matrices, and
+      where a batch axis other than the first is split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not view.batch:
+        return ()
+    spec = [_axes(entry) for entry in spec_of(leaf)]
+    first, *rest = [spec[axis] for axis in view.batch]
+    if any(rest):
+        return ()
+    sides = [a for axis in view.projected + view.kept for a in reversed(spec[axis])]
+    free = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types)
+        if kind != jax.sharding.AxisType.Manual and name not in (*first, *sides)
+    ]
+    axes = tuple(a for a in (*first, *free, *sides) if mesh.shape[a] > 1)
+    matrices = math.prod(view.batch_shape)
+    now, then = (
+        -(-matrices // math.prod(mesh.shape[a] for a in split))
+        for split in (first, axes)
+    )
+    return axes if then < now else ()
+
+
+def spread(
+    fn: Callable[..., Any], axes: tuple[str, ...], out_spec: Spec
+) -> Callable[..., Any]:
+    """Runs ``fn`` on matrices, each device on its own ones.
+
+    For use inside :func:`pinned`, or on automatic axes. What a device is given is
+    whole matrices, so ``fn`` communicates nothing. A number of matrices that the
+    devices do not divide is filled up with zeros.
+
+    Args:
+      fn: ``(gradient (..., m, n), basis (..., m, r), count ()) -> tree`` of arrays
+        ``(..., a, b)``, where each matrix depends on its own operands alone.
+      axes: From :func:`spreading_axes`; none runs ``fn`` as it is.
+      out_spec: Spec of every array of the result; its first entry is how the batch is
+        split already.
+    """
+    if not axes:
+        return fn
+    kept = len({*_axes(out_spec[0])} & {*axes})
+    unconstrained = Spec.UNCONSTRAINED
+
+    def run(gradient: jax.Array, basis: jax.Array, count: jax.Array) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        batch = gradient.shape[:-2]
+        matrices = math.prod(batch)
+        padding = -matrices % math.prod(mesh.shape[axis] for axis in axes)
+
+        def stack(x: jax.Array) -> jax.Array:
+            x = x.reshape(matrices, *x.shape[-2:])
+            return jnp.pad(x, ((0, padding), (0, 0), (0, 0)))
+
+        def unstack(x: jax.Array) -> jax.Array:
+            x = x[:matrices].reshape(*batch, *x.shape[1:])
+            return jax.lax.with_sharding_constraint(x, out_spec)
+
+        gradient = stack(gradient)
+        # One mesh axis after the other, each an all-to-all or a local slice. To move
+        # several at once the compiler may gather the whole stack on every device.
+        for used in range(kept, len(axes)):
+            gradient = jax.lax.with_sharding_constraint(
+                gradient, Spec(axes[:used] or None, unconstrained, unconstrained)
+            )
+        own = jax.shard_map(
+            fn,
+            in_specs=(Spec(axes), Spec(axes), Spec()),
+            out_specs=Spec(axes),
+            axis_names=set(mesh.auto_axes),
+            check_vma=False,  # a projector need not know about mesh axes
+        )
+        return jax.tree.map(unstack, own(gradient, stack(basis), count))
+
+    return run
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """Mesh axes of one entry of a spec, major first."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _used(spec: Spec) -> Spec | None:

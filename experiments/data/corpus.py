@@ -92,6 +92,28 @@ def load_corpus(
     return Corpus(tuple(train), tuple(validation), summary)
 
 
+def load_held_out(
+    patterns: Sequence[str], *, on_bad_input: OnBadInput = "error"
+) -> tuple[list[str], Mapping[str, int]]:
+    """Load and clean validation text that stands alone, as `load_corpus` does.
+
+    Args:
+      patterns: Globs of text or JSON-lines files.
+      on_bad_input: ``"error"`` raises at the first bad input, ``"skip"`` counts it.
+
+    Returns:
+      The documents in the order of their hashes, and what was skipped by reason.
+
+    Raises:
+      FileNotFoundError: A pattern matches no file.
+      ValueError: A bad input with ``on_bad_input="error"``; no document.
+    """
+    read = _read(patterns, on_bad_input)
+    if not read.texts:
+        raise ValueError(f"There is no text in {read.source}: give other files.")
+    return sorted(read.texts, key=_digest), dict(sorted(read.skipped.items()))
+
+
 def fingerprint_texts(texts: Iterable[str]) -> str:
     """Return a SHA-256 of the texts, their order and their borders, in hex."""
     fingerprint = hashlib.sha256()

@@ -18,7 +18,11 @@ _JSON_LINES = frozenset({".json", ".jsonl", ".ndjson"})
 _COMPRESSED = frozenset({".gz", ".zst"})
 
 
-class _BadInputError(ValueError):
+class TextError(ValueError):
+    """Text that cannot be read; the message names it and says what to do."""
+
+
+class BadInputError(TextError):
     """Input that holds no document; ``reason`` is what a summary counts."""
 
     def __init__(self, reason: str, where: str, hint: str) -> None:
@@ -53,14 +57,14 @@ def read_documents(
     for path in find_files(patterns):
         try:
             data = _read_bytes(path)
-        except _BadInputError as error:
+        except BadInputError as error:
             _raise_or_count(error, on_bad_input, skipped)
             continue
         for where, piece, is_json in _pieces(path, data):
             try:
-                text = _json_text(piece, where) if is_json else _decode(piece, where)
+                text = json_text(piece, where) if is_json else _decode(piece, where)
                 documents.append(text)
-            except _BadInputError as error:
+            except BadInputError as error:
                 _raise_or_count(error, on_bad_input, skipped)
     return documents, skipped
 
@@ -86,7 +90,7 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def _raise_or_count(
-    error: _BadInputError, on_bad_input: OnBadInput, skipped: Counter[str]
+    error: BadInputError, on_bad_input: OnBadInput, skipped: Counter[str]
 ) -> None:
     """Raise the error, or count it where the user chose to skip."""
     if on_bad_input == "error":
@@ -103,7 +107,7 @@ def _read_bytes(path: Path) -> bytes:
         if path.suffix == ".zst":
             return _decompress_zstandard(data)
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise _BadInputError(
+        raise BadInputError(
             "damaged or truncated archive",
             str(path),
             f"Decompressing stopped with: {error}. Fetch the file again.",
@@ -139,7 +143,7 @@ def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _BadInputError(
+        raise BadInputError(
             "not UTF-8",
             where,
             f"Byte {error.start} cannot be read ({error.reason}). Convert the file, "
@@ -147,13 +151,17 @@ def _decode(data: bytes, where: str) -> str:
         ) from error
 
 
-def _json_text(line: bytes, where: str) -> str:
-    """Return the string ``"text"`` of a line that is a JSON object."""
+def json_text(line: bytes, where: str) -> str:
+    """Return the string ``"text"`` of a line that is a JSON object.
+
+    Raises:
+      BadInputError: It has none, or is not such an object; ``where`` names it.
+    """
     text = _decode(line, where)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise _BadInputError(
+        raise BadInputError(
             "line that is not JSON",
             where,
             f"{error}. A JSON-lines file holds one object a line.",
@@ -161,7 +169,7 @@ def _json_text(line: bytes, where: str) -> str:
     document = value.get("text") if isinstance(value, dict) else None
     if not isinstance(document, str):
         found = f"keys {sorted(value)}" if isinstance(value, dict) else repr(value)[:40]
-        raise _BadInputError(
+        raise BadInputError(
             'line without a string "text"',
             where,
             f'Each line needs an object such as {{"text": "..."}}; found {found}.',
@@ -169,7 +177,7 @@ def _json_text(line: bytes, where: str) -> str:
     try:
         document.encode()
     except UnicodeEncodeError as error:
-        raise _BadInputError(
+        raise BadInputError(
             "not UTF-8", where, 'Its "text" holds half of a surrogate pair.'
         ) from error
     return document

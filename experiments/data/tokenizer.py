@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -214,6 +215,9 @@ def _read_key(path: Path) -> object:
 
 def _write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is there as a whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(text.encode())
-    part.replace(path)
+    # A name of its own, for processes of several machines may write here at once.
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f"{path.name}.", suffix=".part", delete=False
+    ) as part:
+        part.write(text.encode())
+    os.replace(part.name, path)

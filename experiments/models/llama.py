@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.models import placement
 from experiments.models.llama_config import PRESETS, LlamaConfig
-from experiments.training import mesh
 
 __all__ = ["PRESETS", "Llama", "LlamaConfig", "parameter_count"]
 
@@ -42,11 +42,18 @@ _REMAT_POLICIES = {
 
 
 class Projection(nnx.Module):
-    """Linear layer without bias: ``(..., m) -> (..., n)``, kernel ``(m, n)``."""
+    """Linear layer without bias: ``(B, T, m) -> (B, T, n)``, kernel ``(m, n)``."""
 
     def __init__(
-        self, in_size: int, out_size: int, config: LlamaConfig, *, rngs: nnx.Rngs
+        self,
+        name: str,
+        in_size: int,
+        out_size: int,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
+        self.name = name  # as in the path of its parameter: the mesh rules go by it
         self.remat = config.remat
         self.kernel = nnx.Param(_normal(rngs, (in_size, out_size), config))
 
@@ -56,8 +63,8 @@ class Projection(nnx.Module):
         """Multiply by the kernel, accumulating in ``out_dtype`` (default: x's)."""
 
         def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            kernel = mesh.gather_matrix(kernel.astype(x.dtype))
-            return jnp.matmul(x, kernel, preferred_element_type=out_dtype)
+            kernel = placement.gather_matrix(kernel.astype(x.dtype), self.name)
+            return placement.multiply(x, kernel, self.name, out_dtype)
 
         if self.remat == "none":
             # Keep the stored kernel for the backward pass, not the gathered one: over
@@ -66,29 +73,39 @@ class Projection(nnx.Module):
             project = jax.checkpoint(project, prevent_cse=False)
         return project(x, self.kernel[...])
 
+    def place_input(self, x: jax.Array) -> jax.Array:
+        """Lay an input out on the mesh as the product needs it."""
+        return placement.pin_input(x, self.name, self.kernel.shape)
+
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Causal grouped-query attention with rotary positions, within segments."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         d, kv = config.hidden_size, config.kv_heads * config.head_size
-        self.q_proj = Projection(d, d, config, rngs=rngs)
-        self.k_proj = Projection(d, kv, config, rngs=rngs)
-        self.v_proj = Projection(d, kv, config, rngs=rngs)
-        self.o_proj = Projection(d, d, config, rngs=rngs)
+        self.q_proj = Projection("q_proj", d, d, config, rngs=rngs)
+        self.k_proj = Projection("k_proj", d, kv, config, rngs=rngs)
+        self.v_proj = Projection("v_proj", d, kv, config, rngs=rngs)
+        self.o_proj = Projection("o_proj", d, d, config, rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array, angles_TxK2: jax.Array) -> jax.Array:
-        """Attend to the positions up to each one."""
-        head_size = self.config.head_size
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        angles_TxK2: jax.Array,
+        allowed_Bx1xTxT: jax.Array | None,
+    ) -> jax.Array:
+        """Attend to the positions up to each one, those allowed if not None."""
+        x_BxTxD = self.q_proj.place_input(x_BxTxD)
         q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = (
-            y.reshape(*y.shape[:-1], y.shape[-1] // head_size, head_size)
+            placement.split_heads(y, self.config.head_size)
             for y in (self.q_proj(x_BxTxD), self.k_proj(x_BxTxD), self.v_proj(x_BxTxD))
         )
         y_BxTxHxK = jax.nn.dot_product_attention(
             rotate(q_BxTxHxK, angles_TxK2),
             rotate(k_BxTxGxK, angles_TxK2),
             v_BxTxGxK,
+            mask=allowed_Bx1xTxT,
             is_causal=True,
         )
         return self.o_proj(y_BxTxHxK.reshape(x_BxTxD.shape))
@@ -99,12 +116,13 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = Projection(d, f, config, rngs=rngs)
-        self.up_proj = Projection(d, f, config, rngs=rngs)
-        self.down_proj = Projection(f, d, config, rngs=rngs)
+        self.gate_proj = Projection("gate_proj", d, f, config, rngs=rngs)
+        self.up_proj = Projection("up_proj", d, f, config, rngs=rngs)
+        self.down_proj = Projection("down_proj", f, d, config, rngs=rngs)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """Apply ``down(silu(gate(x)) * up(x))``."""
+        x_BxTxD = self.gate_proj.place_input(x_BxTxD)
         h_BxTxF = jax.nn.silu(self.gate_proj(x_BxTxD)) * self.up_proj(x_BxTxD)
         return self.down_proj(h_BxTxF)
 
@@ -118,31 +136,39 @@ class Layer(nnx.Module):
         self.post_attention_norm = _norm(config, rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array, angles_TxK2: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        angles_TxK2: jax.Array,
+        allowed_Bx1xTxT: jax.Array | None,
+    ) -> jax.Array:
         """Add the attention and feed-forward updates to the residual stream."""
         dtype = x_BxTxD.dtype
         h_BxTxD = self.input_norm(x_BxTxD).astype(dtype)
-        x_BxTxD = x_BxTxD + self.attention(h_BxTxD, angles_TxK2)
+        x_BxTxD = x_BxTxD + self.attention(h_BxTxD, angles_TxK2, allowed_Bx1xTxT)
         h_BxTxD = self.post_attention_norm(x_BxTxD).astype(dtype)
-        return mesh.pin_batch(x_BxTxD + self.mlp(h_BxTxD))
+        return placement.pin_positions(x_BxTxD + self.mlp(h_BxTxD))
 
 
 class Embedding(nnx.Module):
     """Token embedding, also the output layer when tied."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, name: str, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         shape = (config.vocab_size, config.hidden_size)
+        self.name = name
         self.dtype = config.dtype
         self.embedding = nnx.Param(_normal(rngs, shape, config))
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Return the rows of the tokens in the compute dtype."""
-        return mesh.look_up(self.embedding[...].astype(self.dtype), tokens_BxT)
+        table_VxD = self.embedding[...].astype(self.dtype)
+        return placement.look_up(table_VxD, tokens_BxT, self.name)
 
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
         """Return the scores of every token in float32."""
-        table_VxD = mesh.gather_matrix(self.embedding[...].astype(self.dtype))
-        return jnp.matmul(x_BxTxD, table_VxD.T, preferred_element_type=jnp.float32)
+        table_VxD = self.embedding[...].astype(self.dtype)
+        kernel_DxV = placement.gather_matrix(table_VxD, self.name).T
+        return placement.multiply(x_BxTxD, kernel_DxV, self.name, jnp.float32)
 
 
 class Llama(nnx.Module):
@@ -156,7 +182,7 @@ class Llama(nnx.Module):
           rngs: Source of the initial values.
         """
         self.config = config
-        self.embed_tokens = Embedding(config, rngs=rngs)
+        self.embed_tokens = Embedding("embed_tokens", config, rngs=rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
@@ -167,27 +193,40 @@ class Llama(nnx.Module):
         self.norm = _norm(config, rngs)
         if not config.tie_embeddings:
             self.lm_head = Projection(
-                config.hidden_size, config.vocab_size, config, rngs=rngs
+                "lm_head", config.hidden_size, config.vocab_size, config, rngs=rngs
             )
 
-    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens_BxT: jax.Array, segments_BxT: jax.Array | None = None
+    ) -> jax.Array:
         """Return the logits of the token after each position.
 
         Args:
           tokens_BxT: int32 ``(B, T)``. Under a mesh B is split over its batch axes.
+          segments_BxT: int32 ``(B, T)``, a number for each document that is packed into
+            a sequence; attention stays within equal numbers. Rotary positions are
+            relative, so each document is read as if it stood alone. None: attention is
+            over the whole sequence.
 
         Returns:
-          float32 logits ``(B, T, V)``, split like the tokens. A token that is not
-          below V makes those of its sequence NaN.
+          float32 logits ``(B, T, V)``, B split like the tokens and T over the tensor
+          axis, if it divides T. A token that is not below V makes those of its sequence
+          NaN.
         """
         config = self.config
         angles_TxK2 = rope_angles(
             tokens_BxT.shape[1], config.head_size, config.rope_theta
         )
+        allowed_Bx1xTxT = None
+        if segments_BxT is not None:
+            segments_BxT = placement.pin_batch(segments_BxT)
+            same_BxTxT = segments_BxT[:, :, None] == segments_BxT[:, None, :]
+            allowed_Bx1xTxT = same_BxTxT[:, None]
         graphdef, stacked = nnx.split(self.layers)
 
         def run_layer(x_BxTxD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x_BxTxD, angles_TxK2), None
+            module = nnx.merge(graphdef, layer)
+            return module(x_BxTxD, angles_TxK2, allowed_Bx1xTxT), None
 
         if config.remat != "none":
             run_layer = jax.checkpoint(
@@ -200,7 +239,7 @@ class Llama(nnx.Module):
             logits_BxTxV = self.embed_tokens.logits(x_BxTxD)
         else:
             logits_BxTxV = self.lm_head(x_BxTxD, out_dtype=jnp.float32)
-        return mesh.pin_batch(logits_BxTxV)
+        return placement.pin_positions(logits_BxTxV)
 
 
 def rope_angles(length: int, head_size: int, theta: float) -> jax.Array:

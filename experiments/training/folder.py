@@ -2,17 +2,42 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from etils import epath
+
+# In the order in which a run is no run any more: config.json marks it as one.
+_FILES = ("metrics.jsonl", "report.md", "loss.png", "wandb_run_id.txt", "config.json")
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Returns an absolute path; a bucket's (gs://...) is one as it stands."""
+    name = os.fspath(path)
+    # epath's own `resolve` makes a local path of a bucket's.
+    return epath.Path(name if "://" in name else os.path.abspath(name))
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """Places of a run's files. `config.json` marks a folder as a run's."""
+    """Places of a run's files. `config.json` marks a folder as a run's.
+
+    With several processes only the first one calls the methods.
+
+    Attributes:
+        path: The folder.
+        checkpoint_dir: Folder or bucket (gs://...) of the checkpoints, if they do not
+            lie in the run's folder.
+    """
 
     path: Path
+    checkpoint_dir: str | None = None
 
     @property
     def config(self) -> Path:
@@ -25,9 +50,9 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> epath.Path:
         """Orbax checkpoints by step."""
-        return self.path / "checkpoints"
+        return epath.Path(self.checkpoint_dir or self.path / "checkpoints")
 
     @property
     def report(self) -> Path:
@@ -39,42 +64,80 @@ class RunFolder:
         """Where a tokenizer that the run trains is kept."""
         return self.path / "tokenizer.json"
 
-    def claim(self, *, resume: bool, overwrite: bool) -> None:
+    def claim(self, *, resume: bool, auto_resume: bool, overwrite: bool) -> None:
         """Makes the folder ready to be written, or refuses.
 
         Args:
             resume: The folder holds a run that will go on.
+            auto_resume: The folder may hold a run; then that will go on.
             overwrite: A run that the folder holds may be deleted, by `delete_run`, once
                 all that the new one needs is known to be there.
 
         Raises:
             FileNotFoundError: `resume`, but there is no run.
-            FileExistsError: There is a run, but neither `resume` nor `overwrite`.
+            FileExistsError: There is a run, but nothing said what to do with it.
+            OSError: The folder cannot be made or written.
         """
-        if resume:
-            if not self.config.exists():
-                raise FileNotFoundError(
-                    f"{self.path} holds no run to resume: check --run-dir, --preset "
-                    "and --optimizer, or leave --resume out to start one."
-                )
-            return
-        if self.config.exists():
-            if not overwrite:
-                raise FileExistsError(
-                    f"{self.path} holds a run: --resume goes on with it, --overwrite "
-                    "deletes it, --run-dir chooses another folder."
-                )
-        self.path.mkdir(parents=True, exist_ok=True)
+        # Checkpoints elsewhere may outlive the folder, on a machine that is new.
+        if resume and not (self.config.exists() or self.checkpoint_dir):
+            raise FileNotFoundError(
+                f"{self.path} holds no run to resume: check --run-dir, --preset and "
+                "--optimizer, or leave --resume out to start one."
+            )
+        if self.config.exists() and not (resume or auto_resume or overwrite):
+            raise FileExistsError(
+                f"{self.path} holds a run: --resume goes on with it, --overwrite "
+                "deletes it, --run-dir chooses another folder."
+            )
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass  # found out now, not after hours
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Writes config.json, which makes the folder a run's."""
-        self.config.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        """Writes config.json, which makes the folder a run's.
+
+        Raises:
+            OSError: It cannot be written; one that was there stays as it is.
+        """
+        with self._writing():
+            unfinished = self.config.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            unfinished.replace(self.config)
 
     def delete_run(self) -> None:
-        """Deletes the run that the folder holds; files that are no run's stay."""
+        """Deletes the run that the folder holds; files that are no run's stay.
+
+        Checkpoints elsewhere are deleted only if they are that run's.
+        """
         if not self.config.exists():
             return
-        # The tokenizer stays: it is a cache that knows what text it was made from.
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for name in ("metrics.jsonl", "report.md", "loss.png", "config.json"):
-            (self.path / name).unlink(missing_ok=True)
+        with self._writing():
+            config = json.loads(self.config.read_text("utf-8"))
+            if config.get("run", {}).get("checkpoint_dir") == self.checkpoint_dir:
+                self._delete_checkpoints()
+            # The tokenizer stays: it is a cache that knows what text it was made from.
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            for name in _FILES:
+                (self.path / name).unlink(missing_ok=True)
+
+    def _delete_checkpoints(self) -> None:
+        if self.checkpoint_dir is None:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        elif self.checkpoints.exists():
+            # A folder of the user's choice may hold other things.
+            for path in self.checkpoints.iterdir():
+                if re.match(r"(damaged-)?\d+\b", path.name):
+                    path.rmtree()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write the run's folder ({error.strerror}): make room or give "
+                "another --run-dir",
+                str(self.path),
+            ) from error

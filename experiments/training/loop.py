@@ -5,39 +5,19 @@ that evaluates are all it needs.
 """
 
 import dataclasses
-import math
-import os
 import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
-import grain
-import jax
 import optax
 
+from experiments.training.agreement import exchange
 from experiments.training.checkpoint import Checkpointer
-from experiments.training.metrics import MetricsWriter
+from experiments.training.distributed import OtherProcessError
+from experiments.training.read_ahead import ReadAhead, Source
+from experiments.training.signals import StopSignals
 from experiments.training.state import TrainState
-from experiments.training.step import Batch, Metrics, StepFn
-
-Row = dict[str, Any]
-
-
-class NonFiniteError(ValueError):
-    """A loss, gradient or update is infinite or NaN."""
-
-
-class Progress(Protocol):
-    """Shows a run while it goes on."""
-
-    def step(self, row: Row) -> None:
-        """Shows the metrics of one step."""
-        ...
+from experiments.training.step import Batch, StepFn
+from experiments.training.step_log import Progress, Row, StepLog, Writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +27,7 @@ class Plan:
     steps: int
     eval_every: int
     checkpoint_every: int
+    max_skipped: int = 10  # in a row, before the loop gives up
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows this update."""
@@ -59,137 +40,105 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: the last state, and whether Ctrl-C cut it short."""
+    """How the loop ended.
+
+    Attributes:
+        state: The last state, which is saved.
+        stopped_by: The signal that cut it short; None if it ran to its end.
+    """
 
     state: TrainState
-    interrupted: bool
+    stopped_by: signal.Signals | None
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's: 0, 130 after Ctrl-C, 143 after SIGTERM."""
+        return 0 if self.stopped_by is None else 128 + self.stopped_by
 
 
 def train(
     state: TrainState,
     *,
     step_fn: StepFn,
-    batches: grain.DatasetIterator,
+    batches: Source,
     place: Callable[[Batch], Batch],
     evaluate: Callable[[optax.Params], Row],
     plan: Plan,
     checkpointer: Checkpointer,
-    metrics: MetricsWriter,
+    metrics: Writer,
     progress: Progress,
+    earlier: Sequence[Row] = (),
 ) -> Outcome:
-    """Trains from `state` to the end of the plan, or until Ctrl-C.
+    """Trains from `state` to the end of the plan, or until Ctrl-C or SIGTERM.
 
     A step's metrics are fetched after the next step has been dispatched, so that the
     device never waits for the host, except where an evaluation or a checkpoint is
-    due.
+    due. With several processes all of them stop after the same step.
 
     Args:
         state: Where to start; its buffers are given up.
         step_fn: A compiled step, as `make_train_step` makes it.
-        batches: Endless batches of host arrays, at the position that fits `state`.
+        batches: Endless batches of host arrays, at the position that fits `state`. One
+            is read ahead.
         place: Puts a batch on the devices.
-        evaluate: Metrics of given parameters, by name.
+        evaluate: Metrics of given parameters, by name. Checkpoints are ranked by
+            `validation_loss`.
         plan: When to end, to evaluate and to save.
         checkpointer: Where to save.
         metrics: Where each step's row goes.
         progress: What the user sees.
+        earlier: Rows of the steps before, which loss spikes are judged by.
 
     Returns:
-        The last state, which is saved, and whether Ctrl-C ended the loop early.
+        The last state, which is saved, and the signal that ended the loop early.
 
     Raises:
-        NonFiniteError: A loss, gradient or update is not finite. Nothing is saved
-            from that step on: the newest checkpoint is good.
+        NonFiniteError: `plan.max_skipped` steps in a row had to be skipped, and the
+            state is saved; or an update was not finite, and nothing is saved from that
+            step on.
+        SaveError: A checkpoint could not be written.
+        OtherProcessError: Another process has no next batch. What is done is saved, as
+            it is when a batch cannot be read here, whose error is raised on.
     """
-    log = _StepLog(metrics, progress)
-    step = int(state.step)
-    with _catch_interrupt() as interrupt:
-        while step < plan.steps and not interrupt.is_set():
-            state, values = step_fn(state, place(next(batches)))
+    log = StepLog(metrics, progress, max_skipped=plan.max_skipped, earlier=earlier)
+    step, number, failed = int(state.step), 0, 0
+    found: Row = {}  # by the evaluation after the newest step
+    with StopSignals() as signals:
+        ahead = ReadAhead(batches)
+
+        def word() -> tuple[int, int]:
+            return int(signals.caught or 0), int(ahead.error is not None)
+
+        heard = exchange(word)
+        while step < plan.steps and log.error is None:
+            number, failed = heard()
+            if number or failed:
+                break
+            batch = ahead.take()
+            heard = exchange(word)
+            state, values = step_fn(state, place(batch))
             step += 1
             log.add(step, values)
+            checkpointer.check()
+            found = {}
             if plan.evaluates_after(step):
                 log.fetch()  # so that the step's time is without the evaluation's
-                log.extend(evaluate(state.params))
-            if plan.saves_after(step) or interrupt.is_set():
+                found = evaluate(state.params)
+                log.extend(found)
+            if plan.saves_after(step):
                 # Known to be finite, and written, before the state is saved.
                 log.flush()
-                checkpointer.save(step, state, batches)
+                checkpointer.save(
+                    step, state, ahead.position, found.get("validation_loss")
+                )
         log.flush()
-        # Does nothing where the loop has saved already; an interrupt may arrive
-        # between the loop's last two looks at it.
-        checkpointer.save(step, state, batches)
+        # Does nothing where the loop has saved already.
+        checkpointer.save(step, state, ahead.position, found.get("validation_loss"))
         checkpointer.wait()
-    return Outcome(state, interrupted=step < plan.steps)
-
-
-class _StepLog:
-    """Holds a step's metrics on the device until the next step is under way."""
-
-    def __init__(self, metrics: MetricsWriter, progress: Progress) -> None:
-        self._metrics = metrics
-        self._progress = progress
-        self._pending: tuple[int, Metrics] | None = None
-        self._row: Row = {}
-        self._clock = time.perf_counter()
-
-    def add(self, step: int, values: Metrics) -> None:
-        """Takes a step's metrics; writes those of the step before."""
-        self.flush()
-        self._pending = (step, values)
-
-    def extend(self, row: Row) -> None:
-        """Adds to the fetched row; the time spent on it is not the next step's."""
-        self._row |= row
-        self._clock = time.perf_counter()
-
-    def flush(self) -> None:
-        """Writes the newest step's row, if it is finite."""
-        self.fetch()
-        if self._row:
-            self._metrics.write(self._row)
-            self._progress.step(self._row)
-        self._row = {}
-
-    def fetch(self) -> None:
-        """Waits for the newest step's metrics; raises where they are not finite."""
-        if self._pending is None:
-            return
-        step, values = self._pending
-        self._pending = None
-        row = {name: float(value) for name, value in jax.device_get(values).items()}
-        broken = [name for name, value in row.items() if not math.isfinite(value)]
-        if broken:
-            raise NonFiniteError(
-                f"step {step}: {', '.join(broken)} not finite ({row}). Training "
-                "stopped and saved nothing from this step on. Try a lower learning "
-                "rate or --clip-norm 1."
-            )
-        now = time.perf_counter()
-        self._row = {"step": step, **row, "seconds": now - self._clock}
-        self._clock = now
-
-
-@contextmanager
-def _catch_interrupt() -> Iterator[threading.Event]:
-    """Yields an event that Ctrl-C sets; a second Ctrl-C interrupts as usual."""
-    event = threading.Event()
-    # Python allows signal handlers in the main thread only.
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-        # A handler may interrupt a print: only a bare write is safe in it.
-        os.write(
-            sys.__stderr__.fileno(), b"\nCtrl-C: finishing the step, then saving.\n"
+    if log.error is not None:
+        raise log.error
+    if failed and not number:
+        raise ahead.error or OtherProcessError(
+            f"another process cannot read its next batch; step {step} is saved."
         )
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    return Outcome(state, signal.Signals(number) if number else None)

@@ -1,17 +1,22 @@
 """Where arrays live: the device mesh and the rules that place arrays on it.
 
-Fully sharded data parallelism over two mesh axes. The batch is split over both;
-every matrix is stored split over ``fsdp`` on one side and gathered just before it is
-used. The side is the larger one, for Natural GaLore's sake: it projects the smaller
-side (the input side of a square matrix), and with the other side sharded the
-projections, Adam and the projection back run on local shards without communication.
+Three mesh axes. ``data`` and ``fsdp`` split the batch; ``data`` holds copies of the
+weights, ``fsdp`` splits them, and they are gathered just before they are used.
+``tensor`` splits the work on one sequence as Megatron-LM does (arXiv 1909.08053): of
+the matrices that work side by side (:attr:`ShardingRules.column`) each device uses some
+output columns, whole attention heads or a part of the feed-forward width, and of those
+that follow (:attr:`ShardingRules.row`) the matching input rows, whose partial sums are
+added up over ``tensor``. Everything else works on a part of the positions
+(arXiv 2205.05198). What runs on it is in :mod:`experiments.models.placement`.
 
-Activations are pinned to the batch axes. Without that the compiler reads a matrix
-sharded on its output side as tensor parallelism, at several times the traffic.
+How a matrix is stored is chosen for Natural GaLore's sake. It projects the smaller side
+(the input side of a square matrix), and with the other side split by ``fsdp`` and
+``tensor`` its projections, Adam and the projection back run on local shards without
+communication. ``tensor`` has to split the side that it works on, which for ``o_proj``
+(square), and with few key-value heads for ``k_proj`` and ``v_proj``, is the projected
+one: for these a steady step adds up rank x kept side numbers over ``tensor``.
 
-The model side of this module (:func:`pin_batch`, :func:`gather_matrix`,
-:func:`look_up`) does nothing without a mesh, and serves explicit and auto mesh axes
-alike. Enter a mesh with ``jax.set_mesh(mesh)``.
+Enter a mesh with ``jax.set_mesh(mesh)``; explicit and auto axes both serve.
 """
 
 import dataclasses
@@ -19,114 +24,160 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 DATA = "data"
 FSDP = "fsdp"
+TENSOR = "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Partition specs by role; a matrix is the last two axes of its parameter.
+    """Which mesh axes split what; a matrix is the last two axes of its parameter.
 
     Attributes:
       batch: Leading axis of tokens, activations and logits.
-      matrix_in: A stored matrix, split on its input side (the axis before the last).
-      matrix_out: A stored matrix, split on its output side (the last axis).
-      matrix_gathered: A matrix as the forward and backward pass use it.
       vector: Norm scales.
+      column: Names of the modules whose kernel ``tensor`` cuts on its output side.
+      row: Names of the modules whose kernel ``tensor`` cuts on its input side.
     """
 
     batch: P
-    matrix_in: P
-    matrix_out: P
-    matrix_gathered: P
     vector: P
+    column: tuple[str, ...]
+    row: tuple[str, ...]
 
-    def stored_matrix(self, shape: tuple[int, ...], axis_sizes: Mapping[str, int]) -> P:
-        """Return the spec in which a matrix of this shape is stored.
-
-        The larger side is split, the output side of a square matrix, unless the mesh
-        axis does not divide it (the 1B Llama's 5461); then the other side is.
+    def cut(
+        self, name: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]
+    ) -> int | None:
+        """Return the side of a matrix that ``tensor`` splits while it is used.
 
         Args:
+          name: Name of the module that holds the matrix.
           shape: ``(..., m, n)``; only the last two axes count.
           axis_sizes: Size of every mesh axis by name.
+
+        Returns:
+          0 for the input side, 1 for the output side, None if every device uses the
+          whole matrix: ``tensor`` is 1, does not divide the side (the 1B Llama's
+          5461), or the module is in neither list.
+        """
+        side = 1 if name in self.column else 0 if name in self.row else None
+        tensor = axis_sizes.get(TENSOR, 1)
+        if side is None or tensor == 1 or shape[-2:][side] % tensor:
+            return None
+        return side
+
+    def used_matrix(
+        self, name: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]
+    ) -> P:
+        """Return the spec in which a matrix is used; arguments as for :meth:`cut`."""
+        side = self.cut(name, shape, axis_sizes)
+        return P(*(TENSOR if side == i else None for i in (0, 1)))
+
+    def stored_matrix(
+        self, name: str, shape: tuple[int, ...], axis_sizes: Mapping[str, int]
+    ) -> P:
+        """Return the spec in which a matrix is stored; arguments as for :meth:`cut`.
+
+        ``tensor`` splits the side that it cuts, if it cuts one, and ``fsdp`` the larger
+        side, the output side of a square matrix. A mesh axis that does not divide its
+        side goes to the other one, ``tensor`` only if it cuts none.
 
         Returns:
           A spec of two entries, for ``(m, n)``.
 
         Raises:
-          ValueError: If the fsdp axis divides neither side.
+          ValueError: If the mesh axes do not divide the sides in any of these ways.
         """
-        m, n = shape[-2:]
-        size = axis_sizes[FSDP]
-        preferred = ((n, self.matrix_out), (m, self.matrix_in))
-        if m > n:
-            preferred = preferred[::-1]
-        for side, spec in preferred:
-            if side % size == 0:
-                return spec
+        sides = shape[-2:]
+        kept = 0 if sides[0] > sides[1] else 1
+        other = 1 - kept
+        cut = self.cut(name, shape, axis_sizes)
+        sizes = {axis: axis_sizes.get(axis, 1) for axis in (TENSOR, FSDP)}
+        for tensor_side, fsdp_side in (
+            (kept, kept),
+            (other, kept),
+            (other, other),
+            (kept, other),
+        ):
+            spec: list[Any] = [None, None]
+            spec[fsdp_side] = FSDP
+            if sizes[TENSOR] > 1:
+                # Major, so that gathering over fsdp leaves each its whole cut.
+                same = tensor_side == fsdp_side
+                spec[tensor_side] = (TENSOR, FSDP) if same else TENSOR
+            parts = [1, 1]
+            parts[tensor_side] *= sizes[TENSOR]
+            parts[fsdp_side] *= sizes[FSDP]
+            if cut in (None, tensor_side) and not any(
+                side % part for side, part in zip(sides, parts, strict=True)
+            ):
+                return P(*spec)
+        axes = " and ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(
-            f"cannot shard a {m} x {n} matrix: fsdp={size} divides neither side; "
-            "choose an fsdp size that divides the model's hidden size"
+            f"cannot shard the {sides[0]} x {sides[1]} matrix of {name!r}: {axes} do "
+            "not divide its sides; choose sizes that divide the model's hidden size"
         )
 
 
 RULES = ShardingRules(
     batch=P((DATA, FSDP)),
-    matrix_in=P(FSDP, None),
-    matrix_out=P(None, FSDP),
-    matrix_gathered=P(None, None),
     vector=P(None),
+    column=("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+    row=("o_proj", "down_proj"),
 )
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, *, explicit: bool = True) -> Mesh:
-    """Make the ``(data, fsdp)`` mesh over the first ``data * fsdp`` devices.
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, *, explicit: bool = True
+) -> Mesh:
+    """Make the ``(data, fsdp, tensor)`` mesh over the first devices.
 
     Args:
       data: Copies of the weights, at least 1.
       fsdp: Devices that one copy of the weights is split over, at least 1.
+      tensor: Devices that share the work on a sequence, at least 1. They talk the most
+        and are next to each other.
       explicit: Axis types. Explicit axes put the sharding in every array's type and
         raise where it is ambiguous; auto axes leave it to the compiler.
 
     Returns:
-      A mesh with the axes ``data`` and ``fsdp``.
+      A mesh with the axes ``data``, ``fsdp`` and ``tensor``.
 
     Raises:
       ValueError: If a size is below 1 or there are too few devices.
     """
-    if data < 1 or fsdp < 1:
-        raise ValueError(f"mesh sizes must be at least 1, got {data=}, {fsdp=}")
+    sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
+    asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if min(sizes.values()) < 1:
+        raise ValueError(f"mesh sizes must be at least 1, got {asked}")
     devices = jax.device_count()
-    if data * fsdp > devices:
+    if data * fsdp * tensor > devices:
         raise ValueError(
-            f"a mesh of {data=} x {fsdp=} needs {data * fsdp} devices, "
+            f"a mesh of {asked} needs {data * fsdp * tensor} devices, "
             f"but JAX sees {devices}"
         )
     axis_type = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh((data, fsdp), (DATA, FSDP), axis_types=(axis_type,) * 2)
-
-
-# ---------------------------------------------------------------- the training side
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * 3
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of tokens ``(B, ...)``: B split over every device."""
+    """Return the sharding of tokens ``(B, ...)``: B split over data and fsdp."""
     return NamedSharding(mesh, RULES.batch)
 
 
 def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
-    """Return the sharding of every parameter, by the last name of its path.
+    """Return the sharding of every parameter, by the last two names of its path.
 
     Args:
       abstract_params: Pure tree of arrays or ``ShapeDtypeStruct``. Leaves named
         ``kernel`` or ``embedding`` are matrices ``(..., m, n)``, leaves named
         ``scale`` vectors ``(..., d)``; axes in front (stacked layers) are not split.
-      mesh: A mesh with an ``fsdp`` axis.
+      mesh: A mesh with an ``fsdp`` axis, and ``tensor`` if it is split.
 
     Returns:
       The same tree with a ``NamedSharding`` for every leaf.
@@ -137,9 +188,10 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
 
     def sharding(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        match name.rsplit("/", 1)[-1]:
+        *_, module, last = ("", *name.split("/"))
+        match last:
             case "kernel" | "embedding":
-                spec = RULES.stored_matrix(leaf.shape, mesh.shape)
+                spec = RULES.stored_matrix(module, leaf.shape, mesh.shape)
             case "scale":
                 spec = RULES.vector
             case _:
@@ -187,58 +239,3 @@ def state_shardings(
         return NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else P())
 
     return jax.tree.map(on_mesh, state)
-
-
-# ------------------------------------------------------------------- the model side
-
-
-def pin_batch(x: jax.Array) -> jax.Array:
-    """Split ``x`` of shape ``(B, ...)`` over the batch axes and nothing else."""
-    return _place(x, _batch_spec(x.ndim))
-
-
-def gather_matrix(w: jax.Array) -> jax.Array:
-    """Gather a stored ``(m, n)`` matrix for use; its gradient is stored like it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return w
-    if not mesh.are_all_axes_explicit:
-        # An auto array's type does not say where it lives. Naming the stored form
-        # here names it in the transpose too, or the gradient would stay gathered.
-        w = _place(w, RULES.stored_matrix(w.shape, mesh.shape))
-    return _place(w, RULES.matrix_gathered)
-
-
-def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Return the rows of a stored table at tokens split over the batch axes.
-
-    Args:
-      table: ``(V, D)``, stored by :data:`RULES`.
-      tokens: ``(B, ...)`` integers below V.
-
-    Returns:
-      ``(B, ..., D)`` in the table's dtype, NaN for a token that is not below V.
-    """
-    # Float32 rows, for the transpose's sake: it adds up one gradient for every time
-    # a token occurs, which in bfloat16 stalls at a few hundred.
-    rows = gather_matrix(table).astype(jnp.float32).at[pin_batch(tokens)]
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not mesh.are_all_axes_explicit:
-        found = pin_batch(rows.get(mode="fill"))
-    else:
-        found = rows.get(mode="fill", out_sharding=_batch_spec(tokens.ndim + 1))
-    return found.astype(table.dtype)
-
-
-def _batch_spec(ndim: int) -> P:
-    return P(*RULES.batch, *(None,) * (ndim - len(RULES.batch)))
-
-
-def _place(x: jax.Array, spec: P) -> jax.Array:
-    """Move ``x`` to a spec of the current mesh, if there is one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    if mesh.are_all_axes_explicit:
-        return jax.sharding.reshard(x, spec)
-    return jax.lax.with_sharding_constraint(x, spec)

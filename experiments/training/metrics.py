@@ -1,10 +1,36 @@
-"""metrics.jsonl: one JSON object a step, written at once."""
+"""The one writer of metrics: metrics.jsonl, and mirrors of it for people to look at.
+
+metrics.jsonl is the run's record: one JSON object a step, written at once. Mirrors
+(`experiments.training.mirrors`) are copies of it for TensorBoard and Weights & Biases;
+one that fails is reported and dropped, and the run goes on.
+"""
 
 import json
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
+
+Row = Mapping[str, Any]
+
+
+class Mirror(Protocol):
+    """A copy of the metrics in another format."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        ...
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Takes the finite numbers of one step's row."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is left to write."""
+        ...
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -13,35 +39,71 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: A line is no JSON object; the message names it.
     """
-    rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is no JSON: {error}.") from error
-    return rows
+    lines = path.read_text("utf-8").splitlines()
+    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
 class MetricsWriter:
-    """Appends rows to a metrics file; a context manager.
+    """Appends rows to a metrics file and its mirrors; a context manager.
 
-    Rows have a `step` of their own each, in rising order. Every row is flushed, so
-    that a run that dies leaves all of its rows.
+    Rows have a `step` of their own each, in rising order. Every row is handed to the
+    operating system at once, so that a run that is killed leaves all of its rows. A
+    number that is not finite is written as null, since JSON has no other word for it.
     """
 
-    def __init__(self, path: Path, *, keep_until: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep_until: int,
+        mirrors: Sequence[Mirror] = (),
+        report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ) -> None:
         """Opens `path`, dropping the rows after step `keep_until`.
 
         Those are steps that will be done again: they came after the checkpoint that
         the run goes on from. A last line cut short by a crash goes with them.
-        """
-        self._drop_after(path, keep_until)
-        self._file = path.open("a", encoding="utf-8")
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Appends one row."""
-        self._file.write(json.dumps(dict(row)) + "\n")
-        self._file.flush()
+        Args:
+            path: The metrics file; made if there is none.
+            keep_until: Last step whose row stays.
+            mirrors: Where each row goes as well.
+            report: Tells the user that a mirror failed.
+
+        Raises:
+            OSError: The file cannot be written; the message says what to do.
+            ValueError: A row that is kept is no JSON object.
+        """
+        self._path = path
+        self._mirrors = list(mirrors)
+        self._report = report
+        try:
+            _drop_after(path, keep_until)
+            # Unbuffered: after a failure nothing is left that `close` would try again.
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._explained(error) from error
+
+    def write(self, row: Row) -> None:
+        """Appends one row.
+
+        Raises:
+            OSError: It could not be written, for one because the disk is full. A row
+                cut short by that is dropped when the run is resumed.
+        """
+        finite = {name: _null_unless_finite(value) for name, value in row.items()}
+        left = memoryview((json.dumps(finite, allow_nan=False) + "\n").encode())
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise self._explained(error) from error
+        scalars = {
+            name: float(value)
+            for name, value in finite.items()
+            if isinstance(value, int | float) and name != "step"
+        }
+        self._each_mirror(lambda mirror: mirror.write(row["step"], scalars))
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -53,20 +115,68 @@ class MetricsWriter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the file."""
+        """Close the file and the mirrors."""
         self._file.close()
+        self._each_mirror(lambda mirror: mirror.close())
 
-    @staticmethod
-    def _drop_after(path: Path, step: int) -> None:
-        if not path.exists():
-            return
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        kept = [
-            line
-            for line in lines
-            if line.endswith("\n") and json.loads(line)["step"] <= step
-        ]
-        # Replaced in one go: a crash here must not lose the rows that stay.
-        shorter = path.with_suffix(".tmp")
-        shorter.write_text("".join(kept), "utf-8")
-        shorter.replace(path)
+    def _each_mirror(self, act: Callable[[Mirror], None]) -> None:
+        for mirror in list(self._mirrors):
+            try:
+                act(mirror)
+            # Whatever a library of another's raises: no picture is worth the run.
+            except Exception as error:
+                self._mirrors.remove(mirror)
+                self._report(
+                    f"{mirror.name} failed and gets no more of this run's metrics "
+                    f"({type(error).__name__}: {error}). {self._path} has them all."
+                )
+
+    def _explained(self, error: OSError) -> OSError:
+        return OSError(
+            error.errno,
+            f"cannot write metrics ({error.strerror}): make room or give another "
+            "--run-dir; the newest checkpoint is good, --resume goes on from it",
+            str(self._path),
+        )
+
+
+class NullMetrics:
+    """Takes rows and keeps none: the writer of all processes but the first."""
+
+    def write(self, row: Row) -> None:
+        """Does nothing."""
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Do nothing."""
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number} is no JSON: {error}.") from error
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    kept = [
+        line
+        for number, line in enumerate(lines, start=1)
+        if line.endswith("\n") and _parse(path, number, line)["step"] <= step
+    ]
+    if len(kept) == len(lines):
+        return
+    # Replaced in one go: a crash here must not lose the rows that stay.
+    shorter = path.with_suffix(".tmp")
+    shorter.write_text("".join(kept), "utf-8")
+    shorter.replace(path)
+
+
+def _null_unless_finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

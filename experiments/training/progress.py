@@ -22,7 +22,8 @@ class ConsoleProgress:
     """Shows loss, tokens per second and time left; a context manager.
 
     On a terminal a bar is redrawn in place; elsewhere plain lines are printed, about
-    twenty a run. Evaluations are printed as lines of their own on both.
+    twenty a run. Evaluations, skipped steps and loss spikes are printed as lines of
+    their own on both.
     """
 
     def __init__(self, console: Console, *, steps: int, done: int) -> None:
@@ -55,9 +56,17 @@ class ConsoleProgress:
         # otherwise hang on.
         first = row["step"] <= self._done + 2
         self._rate = rate if first else 0.9 * self._rate + 0.1 * rate
-        self._bar.update(
-            self._task, completed=row["step"], loss=row["loss"], rate=self._rate
-        )
+        loss = float("nan") if row["loss"] is None else row["loss"]
+        self._bar.update(self._task, completed=row["step"], loss=loss, rate=self._rate)
+        if row["skipped"]:
+            self._console.print(
+                f"step {row['step']}: skipped, loss or gradient is not finite"
+            )
+        if "spike" in row:
+            self._console.print(
+                f"step {row['step']}: loss {row['loss']:.3f} is {row['spike']:.1f} "
+                "deviations above the recent ones"
+            )
         if "validation_loss" in row:
             self._console.print(
                 f"step {row['step']}: validation loss {row['validation_loss']:.4f}, "
@@ -65,7 +74,7 @@ class ConsoleProgress:
                 f"{row['validation_bits_per_byte']:.4f} bits per byte"
             )
         elif not self._console.is_terminal and row["step"] % self._every == 0:
-            self._console.print(self._line(row))
+            self._console.print(self._line(row["step"], loss))
 
     def __enter__(self) -> Self:
         """Start to show."""
@@ -81,10 +90,10 @@ class ConsoleProgress:
         """Stop to show."""
         self._bar.stop()
 
-    def _line(self, row: dict[str, Any]) -> str:
+    def _line(self, step: int, loss: float) -> str:
         elapsed = time.perf_counter() - self._started
-        left = elapsed / (row["step"] - self._done) * (self._steps - row["step"])
+        left = elapsed / (step - self._done) * (self._steps - step)
         return (
-            f"step {row['step']}/{self._steps}: loss {row['loss']:.3f}, "
+            f"step {step}/{self._steps}: loss {loss:.3f}, "
             f"{self._rate:,.0f} tokens/s, {left:,.0f} s left"
         )

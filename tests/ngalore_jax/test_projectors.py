@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import ngalore_jax as ng
+from ngalore_jax.projectors import first_basis
 from tests.ngalore_jax import reference
 
 M, N, R = 12, 16, 3
@@ -22,8 +23,8 @@ PROJECTORS = {
 EXACT = ["svd", "eigh"]
 
 
-def identity_basis(*batch, m=M, r=R):
-    return jnp.broadcast_to(jnp.eye(m, r), (*batch, m, r))
+def start(*batch, m=M, r=R):
+    return jnp.broadcast_to(first_basis(m, r), (*batch, m, r))
 
 
 def count(step):
@@ -52,8 +53,8 @@ def assert_orthonormal(basis):
 @pytest.mark.parametrize("name", PROJECTORS)
 @pytest.mark.parametrize("shape", [(12, 16), (16, 12), (2, 3, 7, 7)])
 def test_columns_are_orthonormal(name, shape):
-    start = identity_basis(*shape[:-2], m=shape[-2])
-    basis = jax.jit(PROJECTORS[name])(gradient(*shape), start, count(0))
+    old = start(*shape[:-2], m=shape[-2])
+    basis = jax.jit(PROJECTORS[name])(gradient(*shape), old, count(0))
     chex.assert_shape(basis, (*shape[:-1], R))
     chex.assert_type(basis, jnp.float32)
     assert_orthonormal(basis)
@@ -63,7 +64,7 @@ def test_columns_are_orthonormal(name, shape):
 @pytest.mark.parametrize("rank", [1, 7])
 def test_extreme_ranks(name, rank):
     g = gradient(7, 9)
-    basis = PROJECTORS[name](g, identity_basis(m=7, r=rank), count(0))
+    basis = PROJECTORS[name](g, start(m=7, r=rank), count(0))
     assert_orthonormal(basis)
     if rank == 7:
         assert reference.captured_energy(basis, g) > 1 - 1e-5
@@ -72,7 +73,7 @@ def test_extreme_ranks(name, rank):
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_projectors_span_the_leading_left_singular_vectors(name):
     g = gradient(M, N)
-    basis = np.asarray(PROJECTORS[name](g, identity_basis(), count(0)), np.float64)
+    basis = np.asarray(PROJECTORS[name](g, start(), count(0)), np.float64)
     leading = np.linalg.svd(np.float64(g))[0][:, :R]
     cosines = np.abs(np.sum(basis * leading, axis=0))
     chex.assert_trees_all_close(cosines, np.ones(R), atol=1e-4)
@@ -81,16 +82,36 @@ def test_exact_projectors_span_the_leading_left_singular_vectors(name):
 def test_a_cold_start_nearly_captures_the_leading_energy():
     for seed in range(5):
         g = gradient(M, N, seed=seed)
-        basis = ng.subspace_iteration()(g, identity_basis(), count(0))
+        basis = ng.subspace_iteration()(g, start(), count(0))
         best = reference.best_energy(g, R)
         assert reference.captured_energy(basis, g) > 0.95 * best
 
 
-def test_the_cold_start_is_random_not_the_identity():
-    """Rows that the identity's columns would never see."""
+@pytest.mark.parametrize(("m", "r"), [(12, 3), (13, 5), (7, 7), (5, 1)])
+def test_the_first_basis_is_orthonormal_and_sees_every_row(m, r):
+    """It stays for a whole gap where the first gradient is zero."""
+    basis = np.asarray(first_basis(m, r))
+    assert_orthonormal(basis)
+    np.testing.assert_array_equal(np.count_nonzero(basis, axis=1), 1)
+    if m > r:
+        assert np.min(basis) < 0 < np.max(basis)
+
+
+def test_a_first_basis_kept_in_bfloat16_still_starts_cold():
+    g, first = gradient(M, N), start(r=5)
+    stored = first.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.any(stored != first)
+    refresh = jax.jit(ng.subspace_iteration())
+    chex.assert_trees_all_equal(
+        refresh(g, stored, count(0)), refresh(g, first, count(0))
+    )
+
+
+def test_the_cold_start_does_not_depend_on_the_first_basis():
+    """Rows that coordinates would never see."""
     g = np.zeros((M, N), np.float32)
     g[R:] = gradient(M - R, N)
-    basis = ng.subspace_iteration()(g, identity_basis(), count(0))
+    basis = ng.subspace_iteration()(g, start(), count(0))
     best = reference.best_energy(g, R)
     assert reference.captured_energy(basis, g) > 0.95 * best
 
@@ -98,7 +119,7 @@ def test_the_cold_start_is_random_not_the_identity():
 def test_more_iterations_converge_to_the_svd():
     g = gradient(M, N)
     leading = np.linalg.svd(np.float64(g))[0][:, :R]
-    basis = ng.subspace_iteration(200)(g, identity_basis(), count(0))
+    basis = ng.subspace_iteration(200)(g, start(), count(0))
     overlap = np.linalg.norm(leading.T @ np.float64(basis)) ** 2
     assert overlap > R - 1e-4
 
@@ -108,7 +129,7 @@ def test_a_warm_start_goes_on_where_the_last_refresh_ended():
     g = with_spectrum([1.0, 0.98, 0.96, 0.86, 0.84, 0.82, 0.8])
     leading = np.linalg.svd(np.float64(g))[0][:, :R]
     refresh = jax.jit(ng.subspace_iteration())
-    basis, overlaps = identity_basis(), []
+    basis, overlaps = start(), []
     for step in range(60):
         basis = refresh(g, basis, count(step))
         overlaps.append(np.linalg.norm(leading.T @ np.float64(basis)) ** 2)
@@ -123,7 +144,7 @@ def test_a_warm_start_follows_a_drifting_stream_with_continuous_columns():
     turn *= np.sign(np.diag(turn))
     g = with_spectrum([10, 8, 6, 1, 0.8, 0.6, 0.4, 0.2])
     refresh = jax.jit(ng.subspace_iteration())
-    basis = refresh(g, identity_basis(), count(0))
+    basis = refresh(g, start(), count(0))
     for step in range(1, 25):
         g = np.float32(turn @ g)
         old, basis = basis, refresh(g, basis, count(step))
@@ -136,7 +157,7 @@ def test_a_warm_start_follows_a_drifting_stream_with_continuous_columns():
 def test_signs_do_not_depend_on_the_sign_of_the_gradient():
     refresh = jax.jit(ng.subspace_iteration())
     g = gradient(M, N)
-    basis = refresh(g, identity_basis(), count(0))
+    basis = refresh(g, start(), count(0))
     chex.assert_trees_all_close(
         refresh(-g, basis, count(1)), refresh(g, basis, count(1)), atol=1e-6
     )
@@ -148,7 +169,7 @@ def test_a_gradient_orthogonal_to_the_old_basis_is_found():
     first[: M // 2] = gradient(M // 2, N)
     second[M // 2 :] = gradient(M // 2, N, seed=1)
     refresh = jax.jit(ng.subspace_iteration())
-    basis = refresh(first, identity_basis(), count(0))
+    basis = refresh(first, start(), count(0))
     basis = refresh(second, basis, count(1))
     assert_orthonormal(basis)
     best = reference.best_energy(second, R)
@@ -159,7 +180,7 @@ def test_a_gradient_orthogonal_to_the_old_basis_is_found():
 def test_rank_deficient_gradients_still_give_orthonormal_columns(name):
     g = with_spectrum([1.0])
     refresh = jax.jit(PROJECTORS[name])
-    basis = identity_basis()
+    basis = start()
     for step in range(3):
         basis = refresh(g, basis, count(step))
         assert_orthonormal(basis)
@@ -181,15 +202,15 @@ def test_the_scale_of_the_gradient_does_not_matter(name, exponent):
 
 @pytest.mark.parametrize("factory", [ng.subspace_iteration, ng.gaussian])
 def test_the_seed_decides_and_nothing_else(factory):
-    g, start = gradient(M, N), identity_basis()
-    one = factory(seed=1)(g, start, count(0))
-    chex.assert_trees_all_equal(one, factory(seed=1)(g, start, count(0)))
-    assert np.max(np.abs(one - factory(seed=2)(g, start, count(0)))) > 1e-3
+    g, old = gradient(M, N), start()
+    one = factory(seed=1)(g, old, count(0))
+    chex.assert_trees_all_equal(one, factory(seed=1)(g, old, count(0)))
+    assert np.max(np.abs(one - factory(seed=2)(g, old, count(0)))) > 1e-3
 
 
 def test_gaussian_bases_differ_between_refreshes_and_ignore_the_gradient():
-    refresh, start = jax.jit(ng.gaussian(3)), identity_basis()
-    bases = [refresh(gradient(M, N), start, count(step)) for step in (0, 200, 400)]
+    refresh, old = jax.jit(ng.gaussian(3)), start()
+    bases = [refresh(gradient(M, N), old, count(step)) for step in (0, 200, 400)]
     for a, b in itertools.pairwise(bases):
         assert np.linalg.norm(np.asarray(a.T @ b)) ** 2 < 0.8 * R
     other = refresh(gradient(M, N, seed=9), bases[0], count(0))
@@ -199,9 +220,7 @@ def test_gaussian_bases_differ_between_refreshes_and_ignore_the_gradient():
 def test_gaussian_bases_are_uniform():
     """The mean of P P^T over draws is (r / m) I."""
     refresh = jax.jit(jax.vmap(ng.gaussian(), in_axes=(None, None, 0)))
-    bases = np.float64(
-        refresh(gradient(6, 8), identity_basis(m=6, r=2), jnp.arange(2000))
-    )
+    bases = np.float64(refresh(gradient(6, 8), start(m=6, r=2), jnp.arange(2000)))
     mean = np.mean(bases @ np.swapaxes(bases, 1, 2), axis=0)
     chex.assert_trees_all_close(mean, np.eye(6) / 3, atol=0.03)
 
@@ -209,11 +228,9 @@ def test_gaussian_bases_are_uniform():
 def test_batches_may_mix_cold_and_warm_matrices():
     g = gradient(2, M, N)
     refresh = jax.jit(ng.subspace_iteration())
-    warm = refresh(g[1], identity_basis(), count(0))
-    mixed = refresh(g, jnp.stack([identity_basis(), warm]), count(1))
-    chex.assert_trees_all_close(
-        mixed[0], refresh(g[0], identity_basis(), count(1)), atol=1e-6
-    )
+    warm = refresh(g[1], start(), count(0))
+    mixed = refresh(g, jnp.stack([start(), warm]), count(1))
+    chex.assert_trees_all_close(mixed[0], refresh(g[0], start(), count(1)), atol=1e-6)
     chex.assert_trees_all_close(mixed[1], refresh(g[1], warm, count(1)), atol=1e-6)
 
 

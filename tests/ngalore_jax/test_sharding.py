@@ -5,6 +5,7 @@ projected), so that one unsharded run is the reference of all of them.
 """
 
 import functools
+import inspect
 from typing import NamedTuple
 
 import chex
@@ -271,7 +272,8 @@ def test_natural_gradient_outside_low_rank():
 def inject(name):
     """Every number becomes an array, but those that shape the state."""
     factory, kwargs = TRANSFORMS[name]
-    static = {"inner", "rank", "history", "projector"} & set(kwargs)
+    shapes = {"inner", "rank", "history", "projector", "accumulation_steps"}
+    static = shapes & set(inspect.signature(factory).parameters)
     return optax.inject_hyperparams(factory, static)(**kwargs)
 
 

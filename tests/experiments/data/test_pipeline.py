@@ -2,17 +2,12 @@
 
 import threading
 
-import grain
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from experiments.data.pipeline import (
-    Tokens,
-    tokenize,
-    train_batches,
-    validation_batches,
-)
+from experiments.data.batches import Share
+from experiments.data.pipeline import train_batches, validation_batches
+from experiments.data.tokens import Tokens, tokenize
 
 
 class Letters:
@@ -77,10 +72,16 @@ def test_tokens_take_the_smallest_type(vocab_size, dtype):
 
 def test_bytes_per_token_follow_the_targets_used():
     tokens = tokenize(["abc", "\u00fc\u00fc\u00fc"], Letters())
-    assert tokens.bytes_per_token() == 9 / 8
-    assert tokens.bytes_per_token(100) == 9 / 8
-    assert tokens.bytes_per_token(4) == 3 / 4
-    assert tokens.bytes_per_token(6) == (3 + 6 / 2) / 6
+
+    def bytes_per_token(max_tokens=None):
+        return validation_batches(
+            tokens, batch_size=1, sequence_length=3, max_tokens=max_tokens
+        )[1]
+
+    assert bytes_per_token() == 9 / 8
+    assert bytes_per_token(100) == 9 / 8
+    assert bytes_per_token(4) == 3 / 4
+    assert bytes_per_token(6) == (3 + 6 / 2) / 6
 
 
 def test_training_batches_have_the_promised_form():
@@ -142,29 +143,33 @@ def test_state_continues_bit_for_bit_in_another_iterator():
     assert_same(take(build(), 29)[9:], expected)
     other = build()
     take(other, 2)
-    other.set_state(state)
+    other.set_state([state])
     assert_same(take(other, 20), expected)
 
 
-def test_orbax_checkpoint_continues_bit_for_bit(tmp_path):
-    def build():
-        return train_batches(counting(254), batch_size=4, sequence_length=10, seed=3)
+def test_processes_split_batches_and_need_no_rows_of_others():
+    def build(share):
+        return train_batches(
+            counting(254), batch_size=6, sequence_length=10, seed=3, share=share
+        )
 
-    batches = build()
-    take(batches, 9)
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(
-            9, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(batches))
-        )
-        # Whatever is drawn while an asynchronous save is under way is not in it.
-        expected = take(batches, 20)
-        manager.wait_until_finished()
-    other = build()
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.restore(
-            9, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(other))
-        )
-    assert_same(take(other, 20), expected)
+    whole = take(build(Share()), 8)
+    parts = [build(Share(index, 3)) for index in range(3)]
+    for batch in whole:
+        rows = [next(part)["tokens"] for part in parts]
+        assert {len(r) for r in rows} == {2}
+        np.testing.assert_array_equal(np.concatenate(rows), batch["tokens"])
+    again = build(Share(1, 2))
+    again.set_state([part.get_state() for part in parts])
+    expected = take(build(Share(1, 2)), 10)[8:]
+    assert_same(take(again, 2), expected)
+
+
+def test_states_that_differ_or_are_of_another_kind_are_errors():
+    batches = train_batches(counting(254), batch_size=4, sequence_length=10, seed=3)
+    for states in ([{"batches": 1}, {"batches": 2}], [{"streams": {}}], []):
+        with pytest.raises(ValueError, match="not one of text in memory"):
+            batches.set_state(states)
 
 
 def test_batches_come_without_threads():
@@ -189,7 +194,7 @@ def test_batches_come_without_threads():
 def test_validation_counts_every_target_once(
     targets, batch_size, length, max_tokens, used
 ):
-    batches = validation_batches(
+    batches, _ = validation_batches(
         counting(targets),
         batch_size=batch_size,
         sequence_length=length,
@@ -208,7 +213,7 @@ def test_validation_counts_every_target_once(
         np.testing.assert_array_equal(inputs[on] + 1, outputs[on])
         counted += outputs[on].tolist()
     assert counted == list(range(1, used + 1))
-    again = validation_batches(
+    again, _ = validation_batches(
         counting(targets),
         batch_size=batch_size,
         sequence_length=length,

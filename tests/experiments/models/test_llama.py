@@ -17,6 +17,7 @@ from experiments.models.llama import (
     rope_angles,
     rotate,
 )
+from experiments.training.mesh import make_mesh
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -229,6 +230,43 @@ def test_a_later_token_changes_no_earlier_logit() -> None:
     before, after = (np.asarray(apply(graphdef, params, t)) for t in (tokens, changed))
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert (np.abs(before - after)[:, 7:].max(axis=(0, 2)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 4, 2)], ids=["one device", "1 x 4 x 2"])
+def test_a_packed_row_is_its_documents_alone(mesh: tuple[int, ...] | None) -> None:
+    """The first number comes back at the end: what is equal is one segment."""
+    config = dataclasses.replace(CONFIG, vocab_size=64)
+    graphdef, params = make(config)
+    tokens = random_tokens((4, 14))
+    parts = (slice(0, 3), slice(3, 8), slice(8, 9), slice(9, 14))
+    segments = np.zeros((4, 14), np.int32)
+    for number, part in enumerate(parts):
+        segments[:, part] = number * 7 - 3
+    segments[1, 8:] = segments[1, 0]  # one row packs otherwise
+    forward = jax.jit(lambda p, t, s: nnx.merge(graphdef, p)(t, s))
+    if mesh is None:
+        logits = forward(params, tokens, segments)
+    else:
+        with jax.set_mesh(make_mesh(*mesh)):
+            logits = forward(params, tokens, segments)
+    logits = np.asarray(logits)
+    for part in parts:
+        alone = apply(graphdef, params, tokens[:, part])
+        np.testing.assert_allclose(logits[2:, part], alone[2:], atol=1e-4)
+    together = np.concatenate([tokens[:, :3], tokens[:, 8:]], axis=1)
+    joined = apply(graphdef, params, together)
+    # Apart by five more positions than here, so not the same where both are attended.
+    np.testing.assert_allclose(logits[1, :3], joined[1, :3], atol=1e-4)
+    assert np.abs(logits[1, 8:] - joined[1, 3:]).max() > 1e-3
+    whole = np.asarray(apply(graphdef, params, tokens))
+    assert np.abs(whole - logits)[:, 3:].max(axis=(0, 2)).min() > 1e-3
+
+
+def test_one_segment_is_the_whole_sequence() -> None:
+    graphdef, params = make(CONFIG)
+    tokens = random_tokens((2, 9))
+    logits = nnx.merge(graphdef, params)(tokens, np.full((2, 9), 5, np.int32))
+    np.testing.assert_allclose(logits, apply(graphdef, params, tokens), atol=1e-5)
 
 
 def test_rotated_scores_depend_on_the_distance_alone() -> None:

@@ -1,5 +1,8 @@
 """The compiled step and the evaluation, against NumPy, in pieces and on a mesh."""
 
+import contextlib
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from experiments.configs import OptimizerConfig
-from experiments.training.mesh import (
-    batch_sharding,
-    gather_matrix,
-    look_up,
-    make_mesh,
-    pin_batch,
-)
+from experiments.models.placement import gather_matrix, look_up, pin_batch
+from experiments.training.mesh import batch_sharding, make_mesh
 from experiments.training.optimizer import build_optimizer, takes_explicit_axes
 from experiments.training.state import create_state, shardings_of
 from experiments.training.step import (
@@ -37,10 +35,12 @@ def init_toy(key):
 
 
 def apply_toy(params, tokens):
-    x = look_up(params["embed_tokens"]["embedding"], tokens)
+    x = look_up(params["embed_tokens"]["embedding"], tokens, "embed_tokens")
     kernels = params["layers"]["up_proj"]["kernel"]
-    h = [jnp.tanh(x @ gather_matrix(kernels[layer])) for layer in range(2)]
-    return pin_batch((h[0] * h[1]) @ gather_matrix(params["lm_head"]["kernel"]))
+    h = [jnp.tanh(x @ gather_matrix(kernels[layer], "up_proj")) for layer in range(2)]
+    return pin_batch(
+        (h[0] * h[1]) @ gather_matrix(params["lm_head"]["kernel"], "lm_head")
+    )
 
 
 def bigram(params, tokens):
@@ -194,3 +194,91 @@ def test_a_mesh_trains_as_one_device_does(name):
         expected_state.params["layers"]["up_proj"]["kernel"],
         atol=2e-4,
     )
+
+
+# ------------------------------------------------------- steps that are not finite
+
+
+def toy_run(explicit: bool | None):
+    """An optimizer, and a mesh with the context that enters it, or none."""
+    config = OptimizerConfig(rank=4, update_proj_gap=2, history=3)
+    mesh = None if explicit is None else make_mesh(data=2, fsdp=4, explicit=explicit)
+    optimizer = build_optimizer(config, learning_rate=1e-2, steps=10)
+    context = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    return optimizer, mesh, context
+
+
+@pytest.mark.parametrize("explicit", [None, True, False])
+def test_a_step_that_is_not_finite_changes_the_count_and_nothing_else(explicit):
+    optimizer, mesh, context = toy_run(explicit)
+    with context:
+        state = create_state(init_toy, optimizer, seed=0, mesh=mesh)
+        step = make_train_step(
+            next_token_loss(apply_toy),
+            optimizer,
+            optax.constant_schedule(1e-2),
+            shardings=None if mesh is None else shardings_of(state),
+        )
+        sharding = None if mesh is None else batch_sharding(mesh)
+        state, metrics = step(state, jax.device_put(make_batch(seed=0), sharding))
+        assert float(metrics["skipped"]) == 0
+        before = jax.tree.map(np.asarray, state)
+        batch = make_batch(seed=1)
+        batch["weights"][3, 2] = np.inf
+        state, metrics = step(state, jax.device_put(batch, sharding))
+        assert float(metrics["skipped"]) == 1
+        assert not np.isfinite(metrics["loss"])
+        assert float(metrics["update_norm"]) == 0
+        assert int(state.step) == 2
+        after = jax.tree.map(np.asarray, state)._replace(step=before.step)
+        chex.assert_trees_all_equal(after, before)
+        state, metrics = step(state, jax.device_put(make_batch(seed=2), sharding))
+        assert float(metrics["skipped"]) == 0
+        assert step._cache_size() == 1
+    kernel = before.params["layers"]["up_proj"]["kernel"]
+    assert not np.array_equal(state.params["layers"]["up_proj"]["kernel"], kernel)
+
+
+def test_a_gradient_that_is_not_finite_is_enough():
+    def loss_fn(params, batch):
+        # At 0 the square root is finite and its slope is not.
+        return jnp.sum(jnp.sqrt(params["w"]) * batch["x"]), jnp.float32(1)
+
+    optimizer = optax.adam(0.1)
+    state = create_state(lambda key: {"w": jnp.zeros(3)}, optimizer, seed=0)
+    step = make_train_step(loss_fn, optimizer, optax.constant_schedule(0.1))
+    state, metrics = step(state, {"x": np.ones(3, np.float32)})
+    assert float(metrics["loss"]) == 0 and float(metrics["skipped"]) == 1
+    np.testing.assert_array_equal(state.params["w"], np.zeros(3))
+
+
+def test_the_check_takes_no_second_copy_of_the_state():
+    optimizer, _, _ = toy_run(None)
+    state = create_state(init_toy, optimizer, seed=0)
+    step = make_train_step(
+        next_token_loss(apply_toy), optimizer, optax.constant_schedule(1e-2)
+    )
+    memory = step.lower(state, make_batch()).compile().memory_analysis()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert memory.alias_size_in_bytes == size
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_the_steady_and_the_refresh_step_can_be_compiled_alone(refresh):
+    optimizer, _, _ = toy_run(None)
+    state = create_state(init_toy, optimizer, seed=0)
+    step, both = (
+        make_train_step(
+            next_token_loss(apply_toy),
+            optimizer,
+            optax.constant_schedule(1e-2),
+            refresh=chosen,
+        )
+        for chosen in (refresh, None)
+    )
+    assert ("geqrf" in step.lower(state, make_batch()).as_text()) == refresh
+    if refresh:
+        copy = jax.tree.map(jnp.copy, state)
+        alone, _ = step(state, make_batch())
+        expected, _ = both(copy, make_batch())
+        chex.assert_trees_all_close(alone, expected, rtol=1e-5, atol=1e-7)

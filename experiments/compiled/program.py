@@ -1,0 +1,266 @@
+"""Compiles one training step for a TPU that is not there, and reads off its costs.
+
+Also the process that `experiments.compile_tpu` starts for each program, because only
+the end of a process ends a compilation: a job comes as JSON on stdin, its costs go as
+JSON to the file named in the arguments.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from experiments.compiled.counts import count
+from experiments.configs import PretrainConfig
+from experiments.presets import parse
+from experiments.pretrain import functional_llama
+from experiments.training.chips import known_chip
+from experiments.training.mesh import (
+    DATA,
+    FSDP,
+    TENSOR,
+    batch_sharding,
+    state_shardings,
+)
+from experiments.training.optimizer import (
+    build_optimizer,
+    learning_rate_schedule,
+    takes_explicit_axes,
+)
+from experiments.training.state import TrainState
+from experiments.training.step import make_train_step, next_token_loss
+from experiments.training.throughput import flops_per_token
+
+# libtpu describes a topology without a TPU if it does not look for one.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; the topology's name decides
+    # Several processes may hold libtpu, since none holds a TPU.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+COMMAND = "uv run --group tpu python -m experiments.compile_tpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a compiled step takes of each chip; bytes, operations and seconds.
+
+    Attributes:
+        compile_seconds: Time of the compiler.
+        code: Size of the program.
+        arguments: State and batch.
+        temporaries: What it needs besides, at its peak.
+        outputs: Results that do not take the place of an argument.
+        sent: Bytes sent in a step by kind of collective, loops counted in full.
+        flops: Operations of matrix products in a step, loops counted in full.
+        unknown_loops: Loops whose number of rounds is unknown: counted once.
+        model_flops: Operations in a step by `experiments.training.throughput`.
+    """
+
+    compile_seconds: float
+    code: int
+    arguments: int
+    temporaries: int
+    outputs: int
+    sent: dict[str, float]
+    flops: float
+    unknown_loops: int
+    model_flops: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a chip's memory that the step takes."""
+        return self.arguments + self.temporaries + self.outputs + self.code
+
+
+class DoesNotFitError(ValueError):
+    """A program needs more memory than the chip has."""
+
+
+def topology_devices(name: str) -> np.ndarray:
+    """Returns the devices of a TPU topology such as "v5e:8x8", which need not be here.
+
+    Raises:
+        ValueError: libtpu is missing, or it does not know the topology.
+    """
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    # RuntimeError is what JAX raises for both, and for a TPU that is held.
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise ValueError(
+                f"compiling for TPUs needs libtpu, which is not installed: {COMMAND}"
+            ) from error
+        raise ValueError(
+            f"topology {name!r}: {error} Give version:shape, such as v5e:4x4, v6e:8x8, "
+            "v4:2x2x4 or v5p:4x4x4."
+        ) from error
+    return np.array(described.devices)
+
+
+def on_topology(config: PretrainConfig, devices: int) -> PretrainConfig:
+    """Returns the config on a mesh of that many devices: all fsdp if it gives none.
+
+    Raises:
+        ValueError: It gives a mesh of another size, or one that does not fit the batch.
+    """
+    if config.devices == 1:
+        mesh = dataclasses.replace(config.mesh, fsdp=devices)
+        return dataclasses.replace(config, mesh=mesh)
+    if config.devices != devices:
+        raise ValueError(
+            f"the mesh has {config.devices} devices, the topology {devices}: give "
+            "--mesh.data, --mesh.fsdp and --mesh.tensor whose product it is."
+        )
+    return config
+
+
+def accumulates_in_subspace(config: PretrainConfig) -> bool:
+    """Whether the optimizer adds up the microbatches' gradients itself."""
+    return config.optimization.accumulate == "subspace" and config.run.microbatches > 1
+
+
+def lower_step(
+    config: PretrainConfig, devices: np.ndarray, refresh: bool | None
+) -> jax.stages.Lowered:
+    """Traces the training step of a config, with a state that is never made.
+
+    Args:
+        config: A run; its mesh has as many devices as are given.
+        devices: What to compile for.
+        refresh: As in `make_train_step`.
+    """
+    run, length = config.run, config.text.sequence_length
+    mesh = _mesh(config, devices)
+    init_params, apply = functional_llama(config.model)
+    optimizer = build_optimizer(
+        config.optimization,
+        learning_rate=config.learning_rate,
+        steps=run.steps,
+        microbatches=run.microbatches,
+    )
+    state = _abstract_state(init_params, optimizer, mesh)
+    shapes = {
+        "tokens": ((run.batch_size, length + 1), jnp.int32),
+        "weights": ((run.batch_size, length), jnp.float32),
+    }
+    if config.text.treatment == "packed":
+        shapes["segments"] = shapes["tokens"]
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in shapes.items()
+    }
+    step = make_train_step(
+        next_token_loss(apply),
+        optimizer,
+        learning_rate_schedule(config.optimization, config.learning_rate, run.steps),
+        microbatches=run.microbatches,
+        by_piece=accumulates_in_subspace(config),
+        shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+        refresh=refresh,
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(state, batch)
+
+
+def compile_step(
+    config: PretrainConfig, devices: np.ndarray, refresh: bool | None
+) -> Costs:
+    """Compiles the training step of a config; arguments as of `lower_step`.
+
+    Raises:
+        DoesNotFitError: The chip's memory is too small; the message says by how much.
+    """
+    lowered = lower_step(config, devices, refresh)
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        # "... for HLO temporaries (39.69G) exceeds available HBM (15.75G) ..."
+        sizes = re.findall(r"\(([\d.]+[KMGT])\)", str(error))
+        if len(sizes) < 2:
+            raise DoesNotFitError(str(error).partition("\n")[0]) from error
+        raise DoesNotFitError(
+            f"temporaries of {sizes[0]}, HBM of {sizes[1]}"
+        ) from error
+    seconds = time.perf_counter() - started
+    memory, counts = compiled.memory_analysis(), count(compiled.as_text())
+    tokens = config.run.batch_size * config.text.sequence_length
+    model_flops = tokens * flops_per_token(config.model, config.text.sequence_length)
+    return Costs(
+        compile_seconds=seconds,
+        code=memory.generated_code_size_in_bytes,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        sent=dict(counts.sent),
+        flops=counts.flops,
+        unknown_loops=counts.unknown_loops,
+        model_flops=model_flops / devices.size,
+    )
+
+
+def main() -> int:
+    """Runs the job on stdin; its result goes to the file that argument 1 names."""
+    job = json.load(sys.stdin)
+    result: dict[str, Any]
+    try:
+        devices = topology_devices(job["topology"])
+        config = on_topology(parse(job["args"]), devices.size)
+        costs = compile_step(config, devices, job["refresh"])
+        chip = known_chip(devices[0].device_kind)
+        result = dataclasses.asdict(costs) | {
+            "hbm": None if chip is None else chip.memory
+        }
+    except DoesNotFitError as error:
+        result = {"failed": f"does not fit: {error}"}
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    Path(sys.argv[1]).write_text(json.dumps(result), "utf-8")
+    return 0
+
+
+def _mesh(config: PretrainConfig, devices: np.ndarray) -> Mesh:
+    explicit = takes_explicit_axes(config.optimization)
+    return jax.make_mesh(
+        (config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
+        (DATA, FSDP, TENSOR),
+        (AxisType.Explicit if explicit else AxisType.Auto,) * 3,
+        devices=devices.tolist(),
+    )
+
+
+def _abstract_state(init_params: Any, optimizer: Any, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state that a run starts with."""
+
+    def init(params: optax.Params) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    params = jax.eval_shape(init_params, jax.random.key(0))
+
+    def placed(
+        leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
+    ) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shardings = state_shardings(init, params, mesh)
+    return jax.tree.map(placed, jax.eval_shape(init, params), shardings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Documents as one array of tokens."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.data.tokenizer import Tokenizer
+
+# Bounds the memory that lists of Python integers take while tokenizing.
+_DOCUMENTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Documents as one array: ``eos, document, eos, document, eos``.
+
+    The first ``eos`` is context only. What follows are the elements: the tokens of
+    a document and the ``eos`` behind them belong to it.
+
+    Attributes:
+      ids: (1 + elements,) tokens in the smallest unsigned integer type for the
+        vocabulary.
+      document_ends: (documents,) int64, elements up to the end of each document.
+      document_bytes: (documents,) int64, UTF-8 bytes of each document.
+    """
+
+    ids: np.ndarray
+    document_ends: np.ndarray
+    document_bytes: np.ndarray
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """(documents,) int64, elements of each document."""
+        return np.diff(self.document_ends, prepend=0)
+
+    @property
+    def element_bytes(self) -> np.ndarray:
+        """(documents,) float64, bytes that an element of each document stands for."""
+        return self.document_bytes / self.document_lengths
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all documents."""
+        return int(self.document_bytes.sum())
+
+    def document(self, index: int) -> np.ndarray:
+        """Return the elements of one document, its ``eos`` last."""
+        start = self.document_ends[index - 1] if index else 0
+        return self.ids[1 + start : 1 + self.document_ends[index]]
+
+
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Tokens:
+    """Encode documents and join them with the tokenizer's end of document.
+
+    Raises:
+      ValueError: ``texts`` is empty.
+    """
+    if not texts:
+        raise ValueError("texts is empty: there is nothing to tokenize.")
+    documents: list[np.ndarray] = []
+    for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
+        batch = texts[start : start + _DOCUMENTS_AT_ONCE]
+        documents += encode_documents(batch, tokenizer)
+    return join(documents, [len(text.encode()) for text in texts], tokenizer)
+
+
+def encode_documents(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Return the elements of each text: its tokens and the end of document."""
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    eos = tokenizer.eos_id
+    return [np.array([*ids, eos], dtype) for ids in tokenizer.encode_batch(texts)]
+
+
+def join(
+    documents: Sequence[np.ndarray], sizes: Iterable[int], tokenizer: Tokenizer
+) -> Tokens:
+    """Return documents as `encode_documents` gives them, and their bytes, joined."""
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    return Tokens(
+        ids=np.concatenate([np.array([tokenizer.eos_id], dtype), *documents]),
+        document_ends=np.cumsum([len(ids) for ids in documents], dtype=np.int64),
+        document_bytes=np.array(list(sizes), np.int64),
+    )

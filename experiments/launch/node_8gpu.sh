@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# One machine with 8 GPUs: one process drives all of them.
+#
+#   bash experiments/launch/node_8gpu.sh
+#
+# Run it from the repository. Started again, it goes on where it stopped. Ctrl-C and
+# SIGTERM save first. What kills the process (a driver error, memory, SIGKILL) is started
+# again here; what is wrong with the run (exit code 1 or 2) is not.
+set -uo pipefail
+
+# JAX takes 75 % of each GPU's memory otherwise.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+# A second start need not compile again.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/jax}"
+
+while true; do
+  uv run --with 'jax[cuda12]' python -m experiments.pretrain \
+    --preset llama_350m --data c4 \
+    --mesh.fsdp 8 --model.dtype bfloat16 \
+    --token-cache "$HOME/.cache/ngalore-tokens" \
+    --run-dir runs/llama_350m --auto-resume
+  code=$?
+  case $code in
+    0 | 1 | 2) exit $code ;;     # done, or an error that starting again does not mend
+    130 | 143) exit $code ;;     # somebody stopped it; the run is saved
+  esac
+  echo "ended with code $code; starting again in 30 s" >&2
+  sleep 30
+done

@@ -1,0 +1,140 @@
+"""Several processes: joining them, agreeing between them, sharing a batch.
+
+Everything here is the identity, or does nothing, where there is one process.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from experiments.data.batches import Share
+
+
+class OtherProcessError(ValueError):
+    """Another process could not go on."""
+
+
+def join() -> None:
+    """Joins the processes of a cluster; before anything else asks for devices.
+
+    Raises:
+        ValueError: JAX finds no description of a cluster.
+    """
+    count, index = (os.environ.get(f"JAX_{n}") for n in ("NUM_PROCESSES", "PROCESS_ID"))
+    try:
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count),
+            process_id=None if index is None else int(index),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--mesh.distributed finds no cluster to join ({error}). On TPU pods, SLURM, "
+            "Open MPI and Kubernetes JAX detects it; elsewhere set "
+            "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns the JSON values that all processes gave, in their order, to each."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(int(np.max(lengths)), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [
+        json.loads(bytes(row[:length]))
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Lets an error that one process meets in the block end all of them.
+
+    Without it the others would wait for that process until the cluster times out.
+
+    Raises:
+        OtherProcessError: Here all went well, elsewhere it did not.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    messages = gather(None if error is None else str(error))
+    if error is not None:
+        raise error
+    failed = {i: message for i, message in enumerate(messages) if message is not None}
+    if failed:
+        raise OtherProcessError(
+            "; ".join(f"process {i}: {message}" for i, message in failed.items())
+        )
+
+
+class BatchPlacement:
+    """Which rows of a global batch this process provides, and their way to devices.
+
+    Attributes:
+        share: The part of every global batch.
+    """
+
+    def __init__(self, sharding: Sharding) -> None:
+        """Reads the shares off a sharding of the batch axis.
+
+        Raises:
+            ValueError: Two processes hold overlapping but different rows.
+        """
+        self._sharding = sharding
+        # A batch of as many rows as devices shows who holds which of its pieces.
+        rows = sharding.num_devices
+        first = {
+            device: piece.indices(rows)[0]
+            for device, (piece,) in sharding.devices_indices_map((rows,)).items()
+        }
+        pieces = sorted(set(first.values()))
+        held: dict[int, set[int]] = {}
+        for device, start in first.items():
+            held.setdefault(device.process_index, set()).add(pieces.index(start))
+        blocks = sorted({tuple(sorted(mine)) for mine in held.values()})
+        mine = tuple(sorted(held[jax.process_index()]))
+        if len(blocks) * len(mine) != len(pieces) or sum(map(len, blocks)) != len(
+            pieces
+        ):
+            raise ValueError(
+                "processes would share some rows of a batch but not all: choose mesh "
+                "sizes that divide the devices of a process or are multiples of them."
+            )
+        self.share = Share(blocks.index(mine), len(blocks))
+        self._pieces = len(pieces)
+        self._mine = mine
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Puts this process' rows on its devices; returns global arrays."""
+        return {name: self._place(value) for name, value in batch.items()}
+
+    def _place(self, local: np.ndarray) -> jax.Array:
+        rows = len(local) * self.share.count
+        size = rows // self._pieces
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            start, _, _ = index[0].indices(rows)
+            first = self._mine.index(start // size) * size
+            return local[(slice(first, first + size), *index[1:])]
+
+        return jax.make_array_from_callback(
+            (rows, *local.shape[1:]), self._sharding, piece
+        )

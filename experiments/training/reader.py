@@ -1,0 +1,82 @@
+"""Reads checkpoints that may be damaged, with all processes of one mind about them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from experiments.training.distributed import gather
+from experiments.training.quiet import quiet_reads
+from experiments.training.record import first_line, unseal
+from experiments.training.state import TrainState
+
+
+class DamagedError(Exception):
+    """A checkpoint cannot be read, or is not what was saved."""
+
+
+class Reader:
+    """Reads the items of checkpoints; all processes make the same calls.
+
+    Where one process fails to read its part, a `DamagedError` is raised in all.
+    """
+
+    def __init__(self, directory: epath.Path) -> None:
+        """Reads from folders of `directory`, which are named by their step."""
+        self._directory = directory
+        index = jax.process_index()
+        # It waits for no other process: one may fail alone, and the others would wait
+        # for long.
+        self._checkpointer = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(),
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=index,
+                active_processes={index},
+                barrier_sync_key_prefix=f"reader-{index}",
+            ),
+        )
+
+    def record(self, step: int) -> Mapping[str, Any]:
+        """Returns the record of a checkpoint, unsealed."""
+        json = ocp.args.JsonRestore()
+        return _agreed(lambda: unseal(self._read(step, record=json)["record"]))
+
+    def state(self, step: int, abstract: TrainState) -> TrainState:
+        """Returns the state of a checkpoint.
+
+        Args:
+            step: Names the checkpoint.
+            abstract: Shapes, dtypes and shardings of the result.
+        """
+        restore = ocp.args.StandardRestore(abstract)
+
+        def read() -> TrainState:
+            with quiet_reads():
+                return self._read(step, state=restore)["state"]
+
+        return _agreed(read)
+
+    def close(self) -> None:
+        """Gives up what it holds."""
+        self._checkpointer.close()
+
+    def _read(self, step: int, **items: Any) -> Mapping[str, Any]:
+        return self._checkpointer.restore(
+            self._directory / str(step), ocp.args.Composite(**items)
+        )
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+    """What `read` returns, if no process fails to read its own."""
+    value = problem = None
+    try:
+        value = read()
+    # Whatever a damaged file leads to.
+    except Exception as error:
+        problem = first_line(error)
+    problems = [found for found in gather(problem) if found is not None]
+    if problems:
+        raise DamagedError(problems[0])
+    return value

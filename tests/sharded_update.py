@@ -1,0 +1,103 @@
+"""What an optimizer's update of a sharded Llama moves between devices, by layout.
+
+``python -m tests.sharded_update`` prints the table of the README: on eight CPU devices,
+compiled only, of one device and with loops counted once.
+"""
+
+import collections
+import re
+import unittest.mock
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+import ngalore_jax as ng
+from experiments.models.llama import PRESETS, Llama, LlamaConfig
+from experiments.training.mesh import make_mesh, param_shardings, state_shardings
+from ngalore_jax import sharding
+from tests.collectives import KINDS, bytes_by_kind
+
+LAYOUTS = [
+    (8, 1, 1),
+    (1, 8, 1),
+    (2, 4, 1),
+    (1, 1, 8),
+    (1, 4, 2),
+    (1, 2, 4),
+    (2, 2, 2),
+]
+
+
+def matrices(config: LlamaConfig) -> Any:
+    """Abstract parameters of the layers' kernels, the ones that are projected."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return {name: params["layers"][name] for name in ("attention", "mlp")}
+
+
+def compiled_update(
+    tx: optax.GradientTransformationExtraArgs,
+    params: Any,
+    mesh: Mesh,
+    *,
+    refresh: bool,
+) -> jax.stages.Compiled:
+    """One update, everything laid out by the mesh's rules."""
+    placements = (param_shardings(params, mesh), state_shardings(tx.init, params, mesh))
+
+    def placed(tree: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            tree,
+            shardings,
+        )
+
+    with jax.set_mesh(mesh):
+        update = jax.jit(
+            lambda g, s: tx.update(g, s, g, refresh=refresh), out_shardings=placements
+        )
+        state = placed(jax.eval_shape(tx.init, params), placements[1])
+        return update.lower(placed(params, placements[0]), state).compile()
+
+
+def factorised(program: jax.stages.Compiled) -> int:
+    """Matrices that one device hands to LAPACK's QR, over all leaves."""
+    calls = re.findall(
+        r"= \(f32\[(\d+),\d+,\d+\].*custom_call_target=\"lapack_sgeqrf",
+        program.as_text(),
+    )
+    return sum(map(int, calls))
+
+
+def main() -> None:
+    """Print the table: the steady update, the refresh unspread, and as it is."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    params = matrices(PRESETS["llama_60m"])
+    tx = ng.natural_galore(1e-3, rank=128)
+    print("| data x fsdp x tensor | update | " + " | ".join(KINDS) + " | GFLOP | QRs |")
+    print("|---|---|" + "---|" * len(KINDS) + "---|---|")
+    for layout in LAYOUTS:
+        mesh = make_mesh(*layout)
+        for name, refresh, spread in (
+            ("steady", False, True),
+            ("refresh, every device all layers", True, False),
+            ("refresh, spread", True, True),
+        ):
+            axes = sharding.spreading_axes if spread else lambda *_: ()
+            with unittest.mock.patch.object(sharding, "spreading_axes", axes):
+                program = compiled_update(tx, params, mesh, refresh=refresh)
+            moved = collections.Counter(bytes_by_kind(program))
+            columns = [f"{moved[kind] / 1e6:.2f}" for kind in KINDS]
+            flops = program.cost_analysis()["flops"] / 1e9
+            print(
+                f"| {' x '.join(map(str, layout))} | {name} | {' | '.join(columns)} "
+                f"| {flops:.2f} | {factorised(program)} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
