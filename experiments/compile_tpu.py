@@ -20,7 +20,6 @@ from rich.console import Console
 
 from experiments.compiled.program import (
     ENVIRONMENT,
-    accumulates_in_subspace,
     on_topology,
     topology_devices,
 )
@@ -127,7 +126,7 @@ def _programs(config: CompileConfig, extra: Sequence[str]) -> list[Program]:
     for optimizer in optimizers:
         run = on_topology(parse(_pretrain_args(config, optimizer, extra)), chips)
         # Where the optimizer adds up microbatches, its own count decides on a refresh.
-        by_count = optimizer not in _HAS_REFRESH or accumulates_in_subspace(run)
+        by_count = optimizer not in _HAS_REFRESH or run.accumulates_in_subspace
         for refresh in (None,) if by_count else (False, True):
             programs.append(Program(optimizer, refresh))
     return programs

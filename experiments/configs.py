@@ -94,8 +94,9 @@ class TextConfig:
             installation.
         validation_data: Globs of validation text. None given: C4's validation split,
             or a share of the training documents.
-        stream: Read the files of `data` (JSON lines in shards, as C4's) while training,
-            instead of all of them into memory first. C4 always streams.
+        stream: Read the files of `data` (JSON lines in shards, plain or .gz, as C4's)
+            while training, instead of all of them into memory first. Needs `tokenizer`
+            and `validation_data`. C4 always streams.
         streams: Shards read side by side. The order of the text depends on it, but not
             on the number of processes and workers that share them: a multiple of
             both, a divisor of the batch size, at most the number of shards.
@@ -267,6 +268,11 @@ class PretrainConfig:
     def devices(self) -> int:
         """Number of devices the run takes."""
         return self.mesh.data * self.mesh.fsdp * self.mesh.tensor
+
+    @property
+    def accumulates_in_subspace(self) -> bool:
+        """Whether the optimizer adds up the microbatches' gradients itself."""
+        return self.optimization.accumulate == "subspace" and self.run.microbatches > 1
 
     @property
     def run_dir(self) -> Path:

@@ -15,14 +15,13 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 import optax
-from flax import nnx
 from rich.console import Console
 
 import ngalore_jax as ng
 from experiments.configs import PretrainConfig
 from experiments.data.batches import Share
 from experiments.data.text import Text, load_text
-from experiments.models.llama import Llama, LlamaConfig
+from experiments.models.functional import functional_llama
 from experiments.presets import parse
 from experiments.training import distributed
 from experiments.training.checkpoint import Checkpointer
@@ -204,7 +203,7 @@ def train_on(
         optimizer,
         learning_rate_schedule(config.optimization, config.learning_rate, steps),
         microbatches=run.microbatches,
-        by_piece=config.optimization.accumulate == "subspace" and run.microbatches > 1,
+        by_piece=config.accumulates_in_subspace,
         shardings=None if mesh is None else shardings_of(state),
     )
     return train(
@@ -218,6 +217,9 @@ def train_on(
         metrics=stack.enter_context(metrics),
         progress=stack.enter_context(ConsoleProgress(console, steps=steps, done=done)),
         earlier=earlier,
+        throughput=Throughput.of(
+            config.model, config.text.sequence_length, config.devices
+        ),
     )
 
 
@@ -236,28 +238,6 @@ def make_validation(
         }
 
     return evaluate
-
-
-def functional_llama(
-    config: LlamaConfig,
-) -> tuple[
-    Callable[[jax.Array], optax.Params],
-    Callable[[optax.Params, jax.Array], jax.Array],
-]:
-    """Returns a Llama as pure functions: `key -> params`, `params, tokens -> logits`.
-
-    Parameters are nested dictionaries of arrays, which is what optimizers expect.
-    """
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-
-    def init_params(key: jax.Array) -> optax.Params:
-        model = Llama(config, rngs=nnx.Rngs(key))
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-    def apply(params: optax.Params, tokens: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params)(tokens)
-
-    return init_params, apply
 
 
 def make_report(
@@ -284,6 +264,8 @@ def make_report(
         ),
         "AdamW's would be": f"{megabytes(adamw)} ({adamw / ours:.1f} times)",
         "time": f"{seconds:,.0f} s ({tokens / seconds:,.0f} tokens/s)",
+        "steps skipped": str(sum(row["skipped"] for row in rows)),
+        "loss spikes": str(sum("spike" in row for row in rows)),
         "checkpoint": str(folder.checkpoints / str(last["step"])),
     }
     other = "adamw" if name != "adamw" else "natural_galore"
@@ -306,7 +288,8 @@ def command(args: Sequence[str]) -> str:
 
 
 def _resume_command(args: Sequence[str]) -> str:
-    kept = [arg for arg in args if arg not in ("--overwrite", "--resume")]
+    dropped = ("--overwrite", "--resume", "--auto-resume")
+    kept = [arg for arg in args if arg not in dropped]
     return command([*kept, "--resume"])
 
 

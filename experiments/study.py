@@ -25,8 +25,8 @@ from rich.progress import Progress
 
 import ngalore_jax as ng
 from experiments.configs import DEFAULT_LEARNING_RATE, OptimizerName, PresetName
+from experiments.models.functional import functional_llama
 from experiments.presets import parse
-from experiments.pretrain import functional_llama
 from experiments.training.folder import RunFolder
 from experiments.training.metrics import read_metrics
 from experiments.training.optimizer import build_optimizer

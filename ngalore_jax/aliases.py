@@ -66,7 +66,7 @@ def natural_galore(
     history_dtype: jax.typing.DTypeLike | None = None,
     side: Side = "smaller",
     clip_rank: bool = False,
-    accumulation_steps: int = 1,
+    accumulation_steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural GaLore: Adam on the natural gradient in a low-rank subspace.
 
@@ -111,7 +111,7 @@ def natural_galore(
       history_dtype: Storage dtype of the history, None for float32.
       side: Side of each matrix that is projected.
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
-      accumulation_steps: Microbatches a step; see :func:`ngalore_jax.low_rank`. Only
+      accumulation_steps: Microbatches a step, None for one; see :func:`ngalore_jax.low_rank`. Only
         without a residual.
 
     Returns:
@@ -191,7 +191,7 @@ def galore(
     moments_at_refresh: AtRefresh = "rotate",
     side: Side = "smaller",
     clip_rank: bool = False,
-    accumulation_steps: int = 1,
+    accumulation_steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: Adam in a low-rank subspace of each matrix.
 
@@ -222,7 +222,7 @@ def galore(
       moments_at_refresh: ``"rotate"``, ``"keep"`` (as published) or ``"reset"``.
       side: Side of each matrix that is projected.
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
-      accumulation_steps: Microbatches a step; see :func:`ngalore_jax.low_rank`. Only
+      accumulation_steps: Microbatches a step, None for one; see :func:`ngalore_jax.low_rank`. Only
         without a residual.
 
     Returns:
@@ -273,7 +273,7 @@ def _optimizer(
     mask: Any | Callable[[optax.Params], Any] | None,
     *,
     weight_dimension_numbers: WeightDimensionNumbers | None,
-    accumulation_steps: int,
+    accumulation_steps: int | None,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """``low_rank(inside, **settings)`` on matrices, ``full_rank`` on other leaves."""
@@ -300,7 +300,7 @@ def _optimizer(
             {"low_rank": step_size, "full_rank": adam_step_size}, labels
         )
     step = optax.chain(optax.add_decayed_weights(weight_decay, mask), step_size)
-    if accumulation_steps > 1:
+    if accumulation_steps is not None:
         full_rank = accumulate(full_rank, accumulation_steps)
         step = optax.conditionally_mask(
             step, lambda count: count % accumulation_steps == accumulation_steps - 1

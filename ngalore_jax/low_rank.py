@@ -52,7 +52,7 @@ def low_rank(
     side: Side = "smaller",
     clip_rank: bool = False,
     basis_dtype: jax.typing.DTypeLike | None = None,
-    accumulation_steps: int = 1,
+    accumulation_steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs ``inner`` in a low-rank subspace of each matrix.
 
@@ -97,11 +97,12 @@ def low_rank(
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
       basis_dtype: Storage dtype of the bases; None for float32 (float64 leaves:
         float64).
-      accumulation_steps: Microbatches a step, as in ``optax.MultiSteps``: ``update``
-        takes each one's gradient and returns zeros but for the last one's. Projected
-        gradients add up, ``r n`` elements a matrix, so nothing of size ``m n`` is
-        kept between calls. ``update_proj_gap`` counts steps; a refresh sees the first
-        microbatch's gradient. Not with a residual, which needs the whole gradient.
+      accumulation_steps: Microbatches a step, as in ``optax.MultiSteps``; None: each
+        gradient is a whole one. ``update`` takes a microbatch's gradient and returns
+        zeros but for the last one's. Projected gradients add up, ``r n`` elements a
+        matrix, so nothing of size ``m n`` is kept between calls. ``update_proj_gap``
+        counts steps; a refresh sees the first microbatch's gradient. Not with a
+        residual, which needs the whole gradient.
 
     Returns:
       A transformation. ``update`` takes the extra argument ``refresh``: None decides
@@ -116,8 +117,8 @@ def low_rank(
       TypeError: If ``rank`` or ``accumulation_steps`` is not an int known when
         tracing.
       ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``side`` is unknown,
-        ``accumulation_steps`` is below 1 or above it with a residual, or, at
-        ``init``, a rank exceeds a side or axes do not fit a leaf.
+        ``accumulation_steps`` is below 1 or comes with a residual, or, at ``init``,
+        a rank exceeds a side or axes do not fit a leaf.
 
     Memory:
       ``m r`` elements a matrix, ``n + 1`` with a residual, ``r n + r r`` with
@@ -160,7 +161,7 @@ def low_rank(
         plans = list(zip(plan(params), leaves, strict=True))
         tree = treedef.unflatten
         lows = tree([how.low(p) for how, p in plans])
-        if accumulation_steps > 1:
+        if accumulation_steps is not None:
             no_rotations = tree([how.no_rotation(p) for how, p in plans])
             inner_state = accumulation.start(inner, lows, no_rotations)
         else:
@@ -189,7 +190,7 @@ def low_rank(
         tree, leaves_of = treedef.unflatten, treedef.flatten_up_to
         count = state.count
 
-        gap = update_proj_gap * accumulation_steps
+        gap = update_proj_gap * (accumulation_steps or 1)
         due = count % gap == 0 if refresh is None else refresh
         bases, rotations = when(
             due,
@@ -205,7 +206,7 @@ def low_rank(
             2, [h.project(g, p) for h, g, p in zip(how, gradients, bases)]
         )
         change = SubspaceChange(due, tree(rotations))
-        if accumulation_steps > 1:
+        if accumulation_steps is not None:
             directions, inner_state = accumulation.add(
                 inner, accumulation_steps, tree(lows), state.inner, change, extra_args
             )
@@ -248,7 +249,7 @@ def _check_arguments(
     rank: Any,
     update_proj_gap: Any,
     side: str,
-    accumulation_steps: int,
+    accumulation_steps: int | None,
     residual: Residual | float | None,
 ) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int):
@@ -264,6 +265,8 @@ def _check_arguments(
         raise ValueError(
             f"side must be one of {', '.join(get_args(Side))}, got {side!r}."
         )
+    if accumulation_steps is None:
+        return
     if not isinstance(accumulation_steps, int):
         raise TypeError(
             "accumulation_steps must be an int known at trace time, got "
@@ -274,7 +277,7 @@ def _check_arguments(
         raise ValueError(
             f"accumulation_steps must be at least 1, got {accumulation_steps}."
         )
-    if accumulation_steps > 1 and residual is not None:
+    if residual is not None:
         raise ValueError(
             f"accumulation_steps={accumulation_steps} keeps projected gradients only, "
             "but residual needs the whole gradient: give residual=None, or add up the "

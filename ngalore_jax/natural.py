@@ -28,7 +28,7 @@ class NaturalGradientState(NamedTuple):
     """State of :func:`scale_by_natural_gradient`."""
 
     count: jax.Array  # () int32
-    history: optax.Updates  # (..., s, r, n) history_dtype, a ring buffer over s
+    history: optax.Updates  # (s, ..., r, n) history_dtype, a ring buffer over s
     gram: optax.Updates  # (..., s, s) float32 (float64 for float64 leaves)
 
 
@@ -173,7 +173,7 @@ def natural_step(
     """Records ``g`` in ``slot`` and solves for its natural gradient.
 
     Shapes:
-      ``g`` ``(..., r, n)``, ``history`` ``(..., s, r, n)``, ``gram`` ``(..., s, s)``.
+      ``g`` ``(..., r, n)``, ``history`` ``(s, ..., r, n)``, ``gram`` ``(..., s, s)``.
 
     Returns:
       ``F^{-1} g`` in the dtype of ``g``, and the new history and Gram matrix.
@@ -181,12 +181,12 @@ def natural_step(
     batch = _batch_axes(g)
     block = "yz"[: g.ndim - batch]
     history = jax.lax.dynamic_update_index_in_dim(
-        history, g.astype(history.dtype), slot, axis=batch
+        history, g.astype(history.dtype), slot, axis=0
     )
-    current = jax.lax.dynamic_index_in_dim(history, slot, axis=batch, keepdims=False)
+    current = jax.lax.dynamic_index_in_dim(history, slot, axis=0, keepdims=False)
     # K_ij = <H_j, g>, with g as it is stored so that K stays the Gram matrix of H.
     row = jnp.einsum(
-        f"...s{block},...{block}->...s",
+        f"s...{block},...{block}->...s",
         history.astype(gram.dtype),
         current.astype(gram.dtype),
         precision=_HIGHEST,
@@ -195,7 +195,7 @@ def natural_step(
     gram = jax.lax.dynamic_update_index_in_dim(gram, row, slot, axis=batch + 1)
     weights = push_through_weights(gram, slot, damping, relative_damping)
     direction = jnp.einsum(
-        f"...s{block},...s->...{block}",
+        f"s...{block},...s->...{block}",
         history.astype(gram.dtype),
         weights,
         precision=_HIGHEST,  # the sum may cancel
@@ -234,13 +234,13 @@ def rotate_history(
 ) -> tuple[jax.Array, jax.Array]:
     """Columns in the new basis, ``H_j <- Q H_j``, and their Gram matrix."""
     rotated = jnp.einsum(
-        "...qr,...srn->...sqn",
+        "...qr,s...rn->s...qn",
         rotation,
         history.astype(rotation.dtype),
         precision=_HIGHEST,
     ).astype(history.dtype)
     exact = rotated.astype(gram.dtype)
-    gram = jnp.einsum("...srn,...trn->...st", exact, exact, precision=_HIGHEST)
+    gram = jnp.einsum("s...rn,t...rn->...st", exact, exact, precision=_HIGHEST)
     return rotated, gram
 
 
@@ -273,11 +273,14 @@ def _batch_axes(leaf: Any) -> int:
 def _zero_history(
     leaf: Any, history: int, dtype: jax.typing.DTypeLike | None
 ) -> jax.Array:
-    b, spec = _batch_axes(leaf), sharding.spec_of(leaf)
+    # Slots first: that is the order in which TPUs want to write one of them, and a
+    # branch around the step, as a training loop's check for NaN, would have the whole
+    # buffer copied into it and back.
+    spec = sharding.spec_of(leaf)
     return sharding.zeros(
-        (*leaf.shape[:b], history, *leaf.shape[b:]),
+        (history, *leaf.shape),
         leaf.dtype if dtype is None else dtype,
-        sharding.Spec(*spec[:b], None, *spec[b:]),
+        sharding.Spec(None, *spec),
     )
 
 

@@ -18,20 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from experiments.compiled.counts import count
 from experiments.configs import PretrainConfig
+from experiments.models.functional import functional_llama
 from experiments.presets import parse
-from experiments.pretrain import functional_llama
 from experiments.training.chips import known_chip
-from experiments.training.mesh import (
-    DATA,
-    FSDP,
-    TENSOR,
-    batch_sharding,
-    state_shardings,
-)
+from experiments.training.mesh import batch_sharding, make_mesh, state_shardings
 from experiments.training.optimizer import (
     build_optimizer,
     learning_rate_schedule,
@@ -127,11 +121,6 @@ def on_topology(config: PretrainConfig, devices: int) -> PretrainConfig:
     return config
 
 
-def accumulates_in_subspace(config: PretrainConfig) -> bool:
-    """Whether the optimizer adds up the microbatches' gradients itself."""
-    return config.optimization.accumulate == "subspace" and config.run.microbatches > 1
-
-
 def lower_step(
     config: PretrainConfig, devices: np.ndarray, refresh: bool | None
 ) -> jax.stages.Lowered:
@@ -143,7 +132,13 @@ def lower_step(
         refresh: As in `make_train_step`.
     """
     run, length = config.run, config.text.sequence_length
-    mesh = _mesh(config, devices)
+    mesh = make_mesh(
+        config.mesh.data,
+        config.mesh.fsdp,
+        config.mesh.tensor,
+        explicit=takes_explicit_axes(config.optimization),
+        devices=devices.tolist(),
+    )
     init_params, apply = functional_llama(config.model)
     optimizer = build_optimizer(
         config.optimization,
@@ -167,7 +162,7 @@ def lower_step(
         optimizer,
         learning_rate_schedule(config.optimization, config.learning_rate, run.steps),
         microbatches=run.microbatches,
-        by_piece=accumulates_in_subspace(config),
+        by_piece=config.accumulates_in_subspace,
         shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         refresh=refresh,
     )
@@ -233,16 +228,6 @@ def main() -> int:
         return 1
     Path(sys.argv[1]).write_text(json.dumps(result), "utf-8")
     return 0
-
-
-def _mesh(config: PretrainConfig, devices: np.ndarray) -> Mesh:
-    explicit = takes_explicit_axes(config.optimization)
-    return jax.make_mesh(
-        (config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
-        (DATA, FSDP, TENSOR),
-        (AxisType.Explicit if explicit else AxisType.Auto,) * 3,
-        devices=devices.tolist(),
-    )
 
 
 def _abstract_state(init_params: Any, optimizer: Any, mesh: Mesh) -> TrainState:

@@ -35,8 +35,8 @@ def join() -> None:
         )
     except ValueError as error:
         raise ValueError(
-            f"--mesh.distributed finds no cluster to join ({error}). On TPU pods, SLURM, "
-            "Open MPI and Kubernetes JAX detects it; elsewhere set "
+            f"--mesh.distributed finds no cluster to join ({error}). On TPU pods, "
+            "SLURM, Open MPI and Kubernetes JAX detects it; elsewhere set "
             "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID."
         ) from error
 

@@ -68,6 +68,7 @@ def train(
     metrics: Writer,
     progress: Progress,
     earlier: Sequence[Row] = (),
+    throughput: Callable[[float, float], Row] = lambda tokens, seconds: {},
 ) -> Outcome:
     """Trains from `state` to the end of the plan, or until Ctrl-C or SIGTERM.
 
@@ -88,6 +89,7 @@ def train(
         metrics: Where each step's row goes.
         progress: What the user sees.
         earlier: Rows of the steps before, which loss spikes are judged by.
+        throughput: What a step's tokens and seconds add to its row.
 
     Returns:
         The last state, which is saved, and the signal that ended the loop early.
@@ -100,7 +102,13 @@ def train(
         OtherProcessError: Another process has no next batch. What is done is saved, as
             it is when a batch cannot be read here, whose error is raised on.
     """
-    log = StepLog(metrics, progress, max_skipped=plan.max_skipped, earlier=earlier)
+    log = StepLog(
+        metrics,
+        progress,
+        max_skipped=plan.max_skipped,
+        earlier=earlier,
+        throughput=throughput,
+    )
     step, number, failed = int(state.step), 0, 0
     found: Row = {}  # by the evaluation after the newest step
     with StopSignals() as signals:

@@ -20,7 +20,7 @@ Enter a mesh with ``jax.set_mesh(mesh)``; explicit and auto axes both serve.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,7 +131,12 @@ RULES = ShardingRules(
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, *, explicit: bool = True
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    explicit: bool = True,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """Make the ``(data, fsdp, tensor)`` mesh over the first devices.
 
@@ -142,6 +147,7 @@ def make_mesh(
         and are next to each other.
       explicit: Axis types. Explicit axes put the sharding in every array's type and
         raise where it is ambiguous; auto axes leave it to the compiler.
+      devices: Those to choose from. None: all that JAX sees.
 
     Returns:
       A mesh with the axes ``data``, ``fsdp`` and ``tensor``.
@@ -153,15 +159,18 @@ def make_mesh(
     asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     if min(sizes.values()) < 1:
         raise ValueError(f"mesh sizes must be at least 1, got {asked}")
-    devices = jax.device_count()
-    if data * fsdp * tensor > devices:
+    devices = jax.devices() if devices is None else devices
+    if data * fsdp * tensor > len(devices):
         raise ValueError(
             f"a mesh of {asked} needs {data * fsdp * tensor} devices, "
-            f"but JAX sees {devices}"
+            f"but JAX sees {len(devices)}"
         )
     axis_type = AxisType.Explicit if explicit else AxisType.Auto
     return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(axis_type,) * 3
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(axis_type,) * 3,
+        devices=devices[: data * fsdp * tensor],
     )
 
 

@@ -145,7 +145,7 @@ def _adamw(
 def _galore(
     config: OptimizerConfig,
     learning_rate: optax.Schedule,
-    accumulation_steps: int = 1,
+    accumulation_steps: int | None = None,
 ) -> optax.GradientTransformation:
     return ng.galore(
         learning_rate,
@@ -162,7 +162,7 @@ def _galore(
 def _natural_galore(
     config: OptimizerConfig,
     learning_rate: optax.Schedule,
-    accumulation_steps: int = 1,
+    accumulation_steps: int | None = None,
 ) -> optax.GradientTransformation:
     return ng.natural_galore(
         learning_rate,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import jax
@@ -48,6 +48,7 @@ class StepLog:
         *,
         max_skipped: int,
         earlier: Iterable[Row],
+        throughput: Callable[[float, float], Row],
     ) -> None:
         """Starts to log.
 
@@ -56,10 +57,12 @@ class StepLog:
             progress: What the user sees.
             max_skipped: Skipped steps in a row that are too many.
             earlier: Rows of the steps before, which losses are judged by.
+            throughput: What tokens and seconds of a step add to its row.
         """
         self.error: NonFiniteError | None = None
         self._writer = writer
         self._progress = progress
+        self._throughput = throughput
         self._max_skipped = max_skipped
         self._skipped = 0  # in a row
         losses = (row["loss"] for row in earlier)
@@ -104,7 +107,9 @@ class StepLog:
         }
         row["skipped"] = int(numbers["skipped"])
         now = time.perf_counter()
-        self._row = {"step": step, **row, "seconds": now - self._clock}
+        seconds = now - self._clock
+        speed = self._throughput(numbers["tokens"], seconds)
+        self._row = {"step": step, **row, "seconds": seconds, **speed}
         self._clock = now
         if row["skipped"]:
             self._count_skipped(step)

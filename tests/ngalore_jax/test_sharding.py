@@ -135,7 +135,7 @@ def documented(layout):
     low, batch = layout.low, layout.batch
     return {
         "basis": layout.basis,
-        "history": P(*batch, None, *low[-2:]),
+        "history": P(None, *low),
         "gram": P(*batch, None, None),
         "mu": low,
         "nu": low,
@@ -254,7 +254,7 @@ def test_natural_gradient_outside_low_rank():
     leaves = {
         "vector": (STACKS[0, 0, 0], P("x"), P(None, "x"), P(None, None)),
         "rows": (STACKS[0, 0], P("x"), P(None, "x", None), P(None, None)),
-        "stack": (STACKS[0], P("x"), P("x", None, None, None), P("x", None, None)),
+        "stack": (STACKS[0], P("x"), P(None, "x", None, None), P("x", None, None)),
     }
     values = {k: jnp.asarray(v[0]) for k, v in leaves.items()}
     expected, _ = jax.jit(tx.update)(values, tx.init(values))
@@ -272,7 +272,7 @@ def test_natural_gradient_outside_low_rank():
 def inject(name):
     """Every number becomes an array, but those that shape the state."""
     factory, kwargs = TRANSFORMS[name]
-    shapes = {"inner", "rank", "history", "projector", "accumulation_steps"}
+    shapes = {"inner", "rank", "history", "projector"}
     static = shapes & set(inspect.signature(factory).parameters)
     return optax.inject_hyperparams(factory, static)(**kwargs)
 
