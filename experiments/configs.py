@@ -252,6 +252,12 @@ class PretrainConfig:
         for name in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(rest, name) <= 1:
                 raise ValueError(f"{name}={getattr(rest, name)} must be from 0 to 1.")
+        tensor, model = self.mesh.tensor, self.model
+        if model.num_heads % tensor or model.kv_heads % tensor:
+            raise ValueError(
+                f"--mesh.tensor {tensor} must divide the model's {model.num_heads} query "
+                f"heads and {model.kv_heads} key-value heads."
+            )
         split = self.mesh.data * self.mesh.fsdp
         if run.batch_size % (run.microbatches * split):
             raise ValueError(

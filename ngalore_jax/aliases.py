@@ -111,8 +111,8 @@ def natural_galore(
       history_dtype: Storage dtype of the history, None for float32.
       side: Side of each matrix that is projected.
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
-      accumulation_steps: Microbatches a step, None for one; see :func:`ngalore_jax.low_rank`. Only
-        without a residual.
+      accumulation_steps: Microbatches a step, None for one; see
+        :func:`ngalore_jax.low_rank`. Only without a residual.
 
     Returns:
       An optimizer for ``optax.apply_updates``; ``update`` needs ``params``.
@@ -222,8 +222,8 @@ def galore(
       moments_at_refresh: ``"rotate"``, ``"keep"`` (as published) or ``"reset"``.
       side: Side of each matrix that is projected.
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
-      accumulation_steps: Microbatches a step, None for one; see :func:`ngalore_jax.low_rank`. Only
-        without a residual.
+      accumulation_steps: Microbatches a step, None for one; see
+        :func:`ngalore_jax.low_rank`. Only without a residual.
 
     Returns:
       An optimizer for ``optax.apply_updates``; ``update`` needs ``params``.
@@ -302,9 +302,13 @@ def _optimizer(
     step = optax.chain(optax.add_decayed_weights(weight_decay, mask), step_size)
     if accumulation_steps is not None:
         full_rank = accumulate(full_rank, accumulation_steps)
-        step = optax.conditionally_mask(
-            step, lambda count: count % accumulation_steps == accumulation_steps - 1
-        )
+        last = accumulation_steps - 1
+
+        def is_last(step: Any, **extra_args: Any) -> jax.Array:
+            del extra_args
+            return step % accumulation_steps == last
+
+        step = optax.conditionally_mask(step, is_last)
     return optax.chain(
         optax.partition(
             {"low_rank": projected, "full_rank": optax.chain(guard, full_rank)}, labels

@@ -8,8 +8,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import PartitionSpec as P
 
 import ngalore_jax as ng
+from experiments.models.functional import functional_llama
 from experiments.models.llama import LlamaConfig
-from experiments.pretrain import functional_llama
 from experiments.training.mesh import FSDP, batch_sharding, make_mesh
 from experiments.training.state import abstract_like, create_state
 from experiments.training.step import make_train_step, next_token_loss

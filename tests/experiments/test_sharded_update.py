@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import ngalore_jax as ng
+from experiments.models.functional import functional_llama
 from experiments.models.llama import LlamaConfig
-from experiments.pretrain import functional_llama
 from experiments.training.mesh import batch_sharding, make_mesh
 from experiments.training.state import create_state, shardings_of
 from experiments.training.step import make_train_step, next_token_loss

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.models.functional import functional_llama
 from experiments.models.llama import LlamaConfig, parameter_count
 from experiments.models.llama_config import PRESETS
-from experiments.pretrain import functional_llama
 from experiments.training import throughput
 from experiments.training.chips import known_chip
 from experiments.training.throughput import Throughput, flops_per_token
