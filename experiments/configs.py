@@ -255,7 +255,7 @@ class PretrainConfig:
         tensor, model = self.mesh.tensor, self.model
         if model.num_heads % tensor or model.kv_heads % tensor:
             raise ValueError(
-                f"--mesh.tensor {tensor} must divide the model's {model.num_heads} query "
+                f"--mesh.tensor {tensor} must divide the {model.num_heads} query "
                 f"heads and {model.kv_heads} key-value heads."
             )
         split = self.mesh.data * self.mesh.fsdp
