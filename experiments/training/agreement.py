@@ -45,7 +45,9 @@ def _largest(mine: Word) -> jax.Array:
     sharding, compiled = _program()
     devices = len(jax.local_devices())
     local = np.tile(np.array(mine, np.int32), (devices, 1))
-    return compiled(jax.make_array_from_process_local_data(sharding, local))
+    # The mesh of the model, which the caller has entered, is another.
+    with jax.set_mesh(sharding.mesh):
+        return compiled(jax.make_array_from_process_local_data(sharding, local))
 
 
 @functools.cache

@@ -148,7 +148,9 @@ def two_processes(shards, tokenizer, tmp_path_factory) -> Path:
     with Cluster(arguments(shards, tokenizer, folder / "run"), folder) as cluster:
         assert cluster.wait() == [0, 0], cluster.output()
     assert (folder / "run" / "report.md").exists()
-    assert cluster.logs[1].read_text() == ""  # one process speaks
+    # One process speaks, but for what the CPU's collectives say.
+    assert "validation" not in cluster.logs[1].read_text()
+    assert "validation" in cluster.logs[0].read_text()
     return folder / "run"
 
 

@@ -9,12 +9,13 @@ from experiments.training.progress import ConsoleProgress
 from experiments.training.report import Report, megabytes
 
 ROWS = [
-    {"step": 1, "loss": 3.0, "tokens": 32.0, "seconds": 0.5},
+    {"step": 1, "loss": 3.0, "tokens": 32.0, "seconds": 0.5, "skipped": 0},
     {
         "step": 2,
         "loss": 2.0,
         "tokens": 32.0,
         "seconds": 0.5,
+        "skipped": 0,
         "validation_loss": 2.5,
         "validation_perplexity": 12.18,
         "validation_bits_per_byte": 1.25,
