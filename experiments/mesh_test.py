@@ -9,17 +9,12 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-)
 
 import jax
 import tyro
@@ -65,6 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command; its exit code is 0 if every run could go on."""
     config = tyro.cli(MeshTestConfig, args=args, prog="python -m experiments.mesh_test")
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
     with tempfile.TemporaryDirectory() as folder:
         results = compare(Path(folder))
     if config.json is not None:

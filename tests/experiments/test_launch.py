@@ -11,7 +11,7 @@ import pytest
 import tyro
 import yaml
 
-from experiments import compile_tpu, kill_test, presets, study
+from experiments import compile_tpu, kill_test, mesh_test, presets, study
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
@@ -47,6 +47,8 @@ def parse(module, args):
             compile_tpu.parse_args(args)
         case "kill_test":
             tyro.cli(kill_test.KillTestConfig, args=args)
+        case "mesh_test":
+            tyro.cli(mesh_test.MeshTestConfig, args=args)
         case "study":
             _, extra = tyro.cli(study.StudyConfig, args=args, return_unknown_args=True)
             presets.parse(extra)
