@@ -276,7 +276,10 @@ def make_report(
         command=command,
         next_steps=(
             (f"The same with {other}, to compare", f"{here} --optimizer {other}"),
-            ("A published size", f"{_PROGRAM} --preset llama_60m"),
+            (
+                "A published size, on C4 from the hub",
+                f"{_PROGRAM} --preset llama_60m --data c4",
+            ),
             ("Text of your own", f"{here} --data 'texts/*.txt' --run-dir runs/mine"),
         ),
     )
