@@ -1,8 +1,9 @@
 """Compiles the training step for TPUs that are not here, and tabulates what it costs.
 
 ``uv run --group tpu python -m experiments.compile_tpu --help``. The step is the one
-that `experiments.pretrain` runs; each program is compiled in a process of its own, so
-that a time limit can end it.
+that `experiments.pretrain` runs; where the optimizer refreshes subspaces, its two
+branches are compiled by themselves as well, to tell what each costs. Each program is
+compiled in a process of its own, so that a time limit can end it.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ class Program:
     """One program to compile."""
 
     optimizer: OptimizerName
-    refresh: bool | None  # None: the optimizer has one program only
+    refresh: bool | None  # None: what training runs, with a branch for refreshes
 
     @property
     def name(self) -> str:
@@ -127,7 +128,7 @@ def _programs(config: CompileConfig, extra: Sequence[str]) -> list[Program]:
         run = on_topology(parse(_pretrain_args(config, optimizer, extra)), chips)
         # Where the optimizer adds up microbatches, its own count decides on a refresh.
         by_count = optimizer not in _HAS_REFRESH or run.accumulates_in_subspace
-        for refresh in (None,) if by_count else (False, True):
+        for refresh in (None,) if by_count else (None, False, True):
             programs.append(Program(optimizer, refresh))
     return programs
 

@@ -30,6 +30,10 @@ PresetName = Literal[
 Sequences = Literal["joined", "packed", "documents"]
 OptimizerName = Literal["adamw", "galore", "natural_galore", "muon", "optax_galore"]
 
+# Sequences a device works on at a time, where nothing is said: of 256 tokens and 32,000
+# logits each, about 5 GB of activations for the 60M Llama.
+_ROWS_AT_ONCE = 32
+
 # Peak learning rate of the matrices where none is given.
 DEFAULT_LEARNING_RATE: dict[OptimizerName, float] = {
     "adamw": 5e-4,
@@ -48,12 +52,12 @@ class RunConfig:
         steps: Optimizer steps.
         batch_size: Sequences a step.
         microbatches: Pieces that a batch is worked off in, to save memory of
-            activations.
+            activations. None: as few as keep a piece at 32 sequences a device.
         seed: Seed of the parameters and of the order of the data.
         eval_every: Steps between evaluations on the validation text.
         checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: Number of checkpoints kept, the newest ones; the one of the
-            lowest validation loss is kept besides.
+        keep_checkpoints: Number of checkpoints kept, the newest ones. Of those saved
+            at a step that was evaluated, the one of the lowest loss is kept besides.
         max_skipped: Steps in a row whose loss or gradient is not finite, each of which
             is skipped, before the run stops.
         run_dir: Folder of the run. None: runs/PRESET-OPTIMIZER.
@@ -69,7 +73,7 @@ class RunConfig:
 
     steps: int = 10_000
     batch_size: int = 512
-    microbatches: int = 1
+    microbatches: int | None = None
     seed: int = 0
     eval_every: int = 500
     checkpoint_every: int = 500
@@ -242,7 +246,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything."""
         run, rest = self.run, self.optimization
-        _check_at_least(1, run, "steps", "batch_size", "microbatches", "eval_every")
+        _check_at_least(1, run, "steps", "batch_size", "eval_every")
         _check_at_least(1, run, "checkpoint_every", "keep_checkpoints", "max_skipped")
         _check_at_least(0, run, "seed")
         _check_at_least(1, self.text, "sequence_length", "validation_tokens")
@@ -259,11 +263,14 @@ class PretrainConfig:
                 f"heads and {model.kv_heads} key-value heads."
             )
         split = self.mesh.data * self.mesh.fsdp
-        if run.batch_size % (run.microbatches * split):
+        if run.microbatches is not None:
+            _check_at_least(1, run, "microbatches")
+        pieces = (run.microbatches or 1) * split
+        if run.batch_size % pieces:
             raise ValueError(
                 f"batch_size={run.batch_size} must be a multiple of microbatches="
-                f"{run.microbatches} times the {split} devices (data x fsdp) that a "
-                f"batch is split over, {run.microbatches * split}."
+                f"{run.microbatches or 1} times the {split} devices (data x fsdp) that "
+                f"a batch is split over, {pieces}."
             )
         if (run.resume or run.auto_resume) and run.overwrite:
             raise ValueError("--resume keeps a run, --overwrite deletes it: give one.")
@@ -276,9 +283,21 @@ class PretrainConfig:
         return self.mesh.data * self.mesh.fsdp * self.mesh.tensor
 
     @property
+    def microbatches(self) -> int:
+        """Pieces of a batch, the default resolved."""
+        if self.run.microbatches is not None:
+            return self.run.microbatches
+        rows = self.run.batch_size // (self.mesh.data * self.mesh.fsdp)
+        return next(
+            pieces
+            for pieces in range(1, rows + 1)
+            if rows % pieces == 0 and rows // pieces <= _ROWS_AT_ONCE
+        )
+
+    @property
     def accumulates_in_subspace(self) -> bool:
         """Whether the optimizer adds up the microbatches' gradients itself."""
-        return self.optimization.accumulate == "subspace" and self.run.microbatches > 1
+        return self.optimization.accumulate == "subspace" and self.microbatches > 1
 
     @property
     def run_dir(self) -> Path:
@@ -299,6 +318,7 @@ class PretrainConfig:
         config["run"]["run_dir"] = str(self.run_dir)
         for name in ("resume", "auto_resume", "overwrite"):
             del config["run"][name]
+        config["run"]["microbatches"] = self.microbatches
         config["optimization"]["learning_rate"] = self.learning_rate
         config["text"]["sequences"] = self.text.treatment
         return config
@@ -321,8 +341,11 @@ class PretrainConfig:
             "tokenizer",
         ):
             del config["text"][name]
-        for name in ("steps", "batch_size", "microbatches", "seed"):
+        for name in ("steps", "batch_size", "seed"):
             config[name] = config["run"][name]
+        # Elsewhere pieces change rounding only, as the mesh that they may follow does.
+        if self.optimization.accumulate == "subspace":
+            config["microbatches"] = self.microbatches
         del config["run"]
         return config
 

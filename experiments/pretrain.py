@@ -38,6 +38,7 @@ from experiments.training.optimizer import (
     takes_explicit_axes,
 )
 from experiments.training.progress import ConsoleProgress
+from experiments.training.record import first_line
 from experiments.training.report import Report, megabytes
 from experiments.training.state import TrainState, create_state, shardings_of
 from experiments.training.step import make_evaluate, make_train_step, next_token_loss
@@ -62,6 +63,16 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            f"error: the devices' memory is too small ({first_line(error)}). Try more "
+            "--microbatches, --model.remat layer, --model.dtype bfloat16 or a larger "
+            "--mesh.fsdp.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("Interrupted with nothing new to save.", file=sys.stderr)
         return _INTERRUPTED
@@ -73,8 +84,12 @@ def main(args: Sequence[str] | None = None) -> int:
             markup=False,
         )
     elif distributed.is_first():
+        rows = read_metrics(folder.metrics)
+        if not any("validation_loss" in row for row in rows):
+            console.print("The run is at its end; its metrics are not in this folder.")
+            return 0
         report = make_report(config, folder, outcome.state, command(args))
-        path = report.write(folder.path, read_metrics(folder.metrics))
+        path = report.write(folder.path, rows)
         report.show(console)
         console.print(f"Report: {path}", soft_wrap=True)
     return outcome.exit_code
@@ -132,7 +147,7 @@ def load_run_text(
             vocab_size=config.model.vocab_size,
             batch_size=config.run.batch_size,
             # Evaluated in pieces as large as those that training works on.
-            eval_batch_size=config.run.batch_size // config.run.microbatches,
+            eval_batch_size=config.run.batch_size // config.microbatches,
             seed=config.run.seed,
             share=share,
             tokenizer_file=folder.tokenizer,
@@ -157,7 +172,7 @@ def train_on(
         config.optimization,
         learning_rate=config.learning_rate,
         steps=steps,
-        microbatches=run.microbatches,
+        microbatches=config.microbatches,
     )
     state = create_state(init_params, optimizer, seed=run.seed, mesh=mesh)
     settings = config.as_dict() | {"corpus": dict(text.summary)}
@@ -184,6 +199,8 @@ def train_on(
     metrics, earlier = NullMetrics(), []
     with distributed.agreed():
         if distributed.is_first():
+            if run.auto_resume and done == 0:
+                folder.check_restart(settings)
             folder.write_config(settings)
             metrics = MetricsWriter(
                 folder.metrics,
@@ -202,7 +219,7 @@ def train_on(
         loss_fn,
         optimizer,
         learning_rate_schedule(config.optimization, config.learning_rate, steps),
-        microbatches=run.microbatches,
+        microbatches=config.microbatches,
         by_piece=config.accumulates_in_subspace,
         shardings=None if mesh is None else shardings_of(state),
     )
@@ -245,7 +262,12 @@ def make_report(
 ) -> Report:
     """Gathers what a finished run has to say."""
     rows = read_metrics(folder.metrics)
-    last = rows[-1]
+    last = [row for row in rows if "validation_loss" in row][-1]
+    loss, perplexity, bits = (
+        # Null in JSON where it was not finite.
+        math.nan if last[f"validation_{name}"] is None else last[f"validation_{name}"]
+        for name in ("loss", "perplexity", "bits_per_byte")
+    )
     ours, adamw = ng.state_bytes(state.opt_state), adamw_state_bytes(state.params)
     tokens, seconds = (sum(row[name] for row in rows) for name in ("tokens", "seconds"))
     name = config.optimization.optimizer
@@ -253,9 +275,9 @@ def make_report(
         "optimizer": f"{name}, learning rate {config.learning_rate:g}",
         "parameters": f"{optax.tree.size(state.params):,}",
         "steps": f"{last['step']:,} ({tokens:,.0f} tokens)",
-        "final validation loss": f"{last['validation_loss']:.4f} nats per token",
-        "final validation perplexity": f"{last['validation_perplexity']:.2f}",
-        "bits per byte": f"{last['validation_bits_per_byte']:.4f}",
+        "final validation loss": f"{loss:.4f} nats per token",
+        "final validation perplexity": f"{perplexity:.2f}",
+        "bits per byte": f"{bits:.4f}",
         "optimizer state": megabytes(ours),
         "of which": ", ".join(
             f"{part} {megabytes(size)}"

@@ -144,7 +144,7 @@ def lower_step(
         config.optimization,
         learning_rate=config.learning_rate,
         steps=run.steps,
-        microbatches=run.microbatches,
+        microbatches=config.microbatches,
     )
     state = _abstract_state(init_params, optimizer, mesh)
     shapes = {
@@ -161,7 +161,7 @@ def lower_step(
         next_token_loss(apply),
         optimizer,
         learning_rate_schedule(config.optimization, config.learning_rate, run.steps),
-        microbatches=run.microbatches,
+        microbatches=config.microbatches,
         by_piece=config.accumulates_in_subspace,
         shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         refresh=refresh,

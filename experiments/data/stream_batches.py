@@ -7,6 +7,7 @@ has been used, whatever has been read ahead, and by whom.
 
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,9 +123,6 @@ class StreamBatches:
         except Exception:
             self.close()  # part of a batch is read: the next try starts from its front
             raise
-        for block in blocks.values():
-            for message in filter(None, block["messages"].split("\n")):
-                self._report(message)
         self._positions = {
             stream: Position(*map(int, block["position"]))
             for stream, block in blocks.items()
@@ -162,7 +160,8 @@ class StreamBatches:
     def _start(self) -> grain.DatasetIterator:
         """Return an iterator over the blocks, stream after stream, read ahead."""
         ahead = _AHEAD * len(self._positions)
-        blocks = _Blocks(self._source, self._positions)
+        report = _print_line if self._workers else self._report
+        blocks = _Blocks(self._source, self._positions, report)
         if self._workers:
             # grain reads its settings from absl's flags, which want to be parsed.
             if not flags.FLAGS.is_parsed():
@@ -196,13 +195,21 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+def _print_line(line: str) -> None:
+    """Tell the user from a worker, whose parent may be waiting for it."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class _Blocks(grain.IterDataset):
     """Blocks of some streams in turn, endless."""
 
-    def __init__(self, source: Source, positions: Mapping[int, Position]) -> None:
+    def __init__(
+        self, source: Source, positions: Mapping[int, Position], report: Report
+    ) -> None:
         super().__init__()
         self._source = source
         self._positions = dict(positions)
+        self._report = report
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
         """Keep the streams of one worker; grain calls this in it."""
@@ -210,17 +217,18 @@ class _Blocks(grain.IterDataset):
         self._positions = dict(list(self._positions.items())[sl])
 
     def __iter__(self) -> "_BlockIterator":
-        return _BlockIterator(self._source, self._positions)
+        return _BlockIterator(self._source, self._positions, self._report)
 
 
 class _BlockIterator(grain.DatasetIterator):
     """Iterator of `_Blocks`."""
 
-    def __init__(self, source: Source, positions: Mapping[int, Position]) -> None:
+    def __init__(
+        self, source: Source, positions: Mapping[int, Position], report: Report
+    ) -> None:
         super().__init__()
-        self._messages: list[str] = []
         self._blocks = [
-            source.blocks(stream, position, self._messages.append)
+            source.blocks(stream, position, report)
             for stream, position in positions.items()
         ]
         self._turn = 0
@@ -228,9 +236,7 @@ class _BlockIterator(grain.DatasetIterator):
     def __next__(self) -> dict[str, Any]:
         rows, position = next(self._blocks[self._turn])
         self._turn = (self._turn + 1) % len(self._blocks)
-        messages = "\n".join(self._messages)
-        self._messages.clear()
-        return {"rows": rows, "position": tuple(position), "messages": messages}
+        return {"rows": rows, "position": tuple(position)}
 
     def get_state(self) -> State:
         """Return nothing: blocks carry their positions."""

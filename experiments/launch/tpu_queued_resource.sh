@@ -9,27 +9,31 @@
 # account may write. Checkpoints live in the bucket, so that they survive the machines;
 # gcsfs is what opens it. A spot slice that is preempted is shut down: SIGTERM and about
 # half a minute, in which the run saves if it can; if not, the newest checkpoint is good.
+# The run does not hang on this script's connection: it may be stopped and started again.
 set -euo pipefail
 : "${PROJECT:?}" "${ZONE:?}" "${BUCKET:?}" "${REPOSITORY:?}"
 NAME="${NAME:-llama-7b}"
+RUN="gs://$BUCKET/llama_7b"
 
 gtpu() { gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"; }
-state() { gtpu queued-resources describe "$NAME" --format='value(state.state)'; }
-everywhere() { gtpu tpu-vm ssh "$NAME" --worker=all --command="$1"; }
+state() { gtpu queued-resources describe "$NAME" --format='value(state.state)' || true; }
+give_back() { gtpu queued-resources delete "$NAME" --force --quiet; }
 
-# The run folder (config, metrics, report) is the first host's. It goes to the bucket
-# every five minutes and at the end, and comes from there to the next slice.
-everything="
+# On every host. The run folder (config, metrics, report) is the first host's: it comes
+# from the bucket, and goes there every five minutes and at the end, with the exit code.
+on_host="
 set -u
 export PATH=\$HOME/.local/bin:\$PATH
 command -v uv || pip install --user uv
 test -d ngalore-jax || git clone $REPOSITORY ngalore-jax
 cd ngalore-jax
 worker=\$(curl -s -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)
-keep() { gcloud storage rsync -r runs/llama_7b gs://$BUCKET/llama_7b/run; }
+keep() { gcloud storage rsync -r runs/llama_7b $RUN/run; }
 if [ \"\$worker\" = 0 ]; then
   mkdir -p runs/llama_7b
-  gcloud storage rsync -r gs://$BUCKET/llama_7b/run runs/llama_7b
+  if gcloud storage ls $RUN/run >/dev/null 2>&1; then
+    gcloud storage rsync -r $RUN/run runs/llama_7b || exit 1
+  fi
   while sleep 300; do keep; done > /tmp/keep.log 2>&1 &
   keeper=\$!
 fi
@@ -40,21 +44,47 @@ uv run --group tpu --with gcsfs python -m experiments.pretrain \
   --run-dir runs/llama_7b --auto-resume \
   --checkpoint-dir gs://$BUCKET/llama_7b/checkpoints
 code=\$?
-if [ \"\$worker\" = 0 ]; then kill \$keeper; keep; fi
-exit \$code"
+if [ \"\$worker\" = 0 ]; then
+  kill \$keeper; keep
+  # 143: preempted, which this is not the end of.
+  if [ \$code -ne 143 ]; then echo \$code | gcloud storage cp - $RUN/exit-code; fi
+fi"
 
+start() {
+  local quoted
+  quoted=$(printf '%q' "$on_host")
+  # pgrep: a script started again finds the run going on.
+  gtpu tpu-vm ssh "$NAME" --worker=all --command="
+    pgrep -f experiments.pretrain >/dev/null ||
+      nohup bash -c $quoted > run.log 2>&1 < /dev/null &"
+}
+
+finish() {
+  local code
+  code=$(gcloud storage cat "$RUN/exit-code")
+  gcloud storage rm "$RUN/exit-code"
+  give_back
+  echo "ended with exit code $code; the run's folder is in $RUN/run"
+  exit "$code"
+}
+
+started=false
 while true; do
-  gtpu queued-resources create "$NAME" --node-id="$NAME" \
-    --accelerator-type=v5litepod-64 --runtime-version=v2-alpha-tpuv5-lite --spot
-  until [ "$(state)" = ACTIVE ]; do sleep 60; done
-  code=0
-  everywhere "$everything" || code=$?
-  sleep 120 # until a preemption shows in the state
-  if [ "$(state)" = ACTIVE ]; then
-    # The slice is there, so the run ended by itself: done, or an error told above.
-    gtpu queued-resources delete "$NAME" --force --quiet
-    exit "$code"
-  fi
-  echo "the slice was taken away; asking for another" >&2
-  gtpu queued-resources delete "$NAME" --force --quiet
+  if gcloud storage ls "$RUN/exit-code" >/dev/null 2>&1; then finish; fi
+  case "$(state)" in
+    ACTIVE)
+      if ! $started && start; then started=true; fi
+      ;;
+    SUSPENDED | FAILED)
+      echo "the slice was taken away; asking for another" >&2
+      started=false
+      give_back
+      ;;
+    "")
+      started=false
+      gtpu queued-resources create "$NAME" --node-id="$NAME" \
+        --accelerator-type=v5litepod-64 --runtime-version=v2-alpha-tpuv5-lite --spot
+      ;;
+  esac
+  sleep 60
 done

@@ -6,6 +6,7 @@ process, and fingerprints of state and record.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -142,6 +143,7 @@ class Checkpointer:
 
         A newer one that cannot be read, or does not hold what was saved, is reported
         and renamed, to `damaged-STEP`, once an older one has turned out to be good.
+        Storage or devices that fail for other reasons raise, and nothing is renamed.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -178,6 +180,8 @@ class Checkpointer:
         """
         if step == self.latest_step:
             return
+        if validation_loss is not None and not math.isfinite(validation_loss):
+            validation_loss = None  # of no use as a rank, and JSON has no word for it
         record = {
             "identity": self._identity,
             "config": self._config,
@@ -187,16 +191,10 @@ class Checkpointer:
             "validation_loss": validation_loss,
         }
         self._best.add(step, validation_loss)
-        self._saving(
-            lambda: self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    record=ocp.args.JsonSave(seal(record)),
-                ),
-                force=True,
-            )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(seal(record))
         )
+        self._saving(lambda: self._manager.save(step, args=items, force=True))
 
     def check(self) -> None:
         """Raises SaveError if the save that has ended last has failed."""

@@ -29,6 +29,7 @@ _CHIPS = {
     "TPU v2": Chip("v2 core", 22.5e12, 8 * _GIB),
     "TPU v3": Chip("v3 core", 61.5e12, 16 * _GIB),
     "TPU v4": Chip("v4", 275e12, 32 * _GIB),
+    "TPU v4 lite": Chip("v4i", 138e12, 8 * _GIB),
     "TPU v5": Chip("v5p", 459e12, 95 * _GIB),
     "TPU v5 lite": Chip("v5e", 197e12, 16 * _GIB),
     "TPU v5e": Chip("v5e", 197e12, 16 * _GIB),
@@ -55,6 +56,14 @@ def known_chip(device_kind: str) -> Chip | None:
     Example:
         >>> known_chip("TPU v5 lite").name, known_chip("cpu")
         ('v5e', None)
+        >>> known_chip("NVIDIA H100 80GB HBM3").name, known_chip("NVIDIA L40S")
+        ('H100', None)
     """
-    prefixes = [prefix for prefix in _CHIPS if device_kind.startswith(prefix)]
+    # The name ends there or goes on with another word: an L40 is no L4.
+    prefixes = [
+        prefix
+        for prefix in _CHIPS
+        if device_kind.startswith(prefix)
+        and not device_kind[len(prefix) : len(prefix) + 1].isalnum()
+    ]
     return _CHIPS[max(prefixes, key=len)] if prefixes else None

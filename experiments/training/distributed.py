@@ -27,6 +27,9 @@ def join() -> None:
     Raises:
         ValueError: JAX finds no description of a cluster.
     """
+    # JAX would catch SIGTERM from now on, and act on it only where a loop asks for it:
+    # a process that still starts has nothing to save and may end at once.
+    jax.config.update("jax_enable_preemption_service", False)
     count, index = (os.environ.get(f"JAX_{n}") for n in ("NUM_PROCESSES", "PROCESS_ID"))
     try:
         jax.distributed.initialize(

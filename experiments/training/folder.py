@@ -13,6 +13,9 @@ from typing import Any
 
 from etils import epath
 
+from experiments.training.metrics import read_metrics
+from experiments.training.record import compare
+
 # In the order in which a run is no run any more: config.json marks it as one.
 _FILES = ("metrics.jsonl", "report.md", "loss.png", "wandb_run_id.txt", "config.json")
 
@@ -93,6 +96,37 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass  # found out now, not after hours
+
+    def check_restart(self, config: Mapping[str, Any]) -> None:
+        """Refuses to begin a run of which the folder has more than its beginning.
+
+        For a run that was started before and has no checkpoint, which is so if it was
+        killed early, or if checkpoints are looked for in the wrong place.
+
+        Args:
+            config: As for `write_config`, of the run that would begin.
+
+        Raises:
+            FileExistsError: The folder is of other settings, or of a run that should
+                have a checkpoint by now.
+        """
+        if not self.config.exists():
+            return
+        there = json.loads(self.config.read_text("utf-8"))
+        differences = compare(there, json.loads(json.dumps(config)))
+        if differences:
+            raise FileExistsError(
+                f"{self.path} holds a run of other settings ({'; '.join(differences)}) "
+                "and no checkpoint was found to go on from: give the same settings, "
+                "--checkpoint-dir included, or another --run-dir."
+            )
+        rows = read_metrics(self.metrics) if self.metrics.exists() else []
+        if len(rows) > 2 * config["run"]["checkpoint_every"]:
+            raise FileExistsError(
+                f"{self.path} holds metrics up to step {rows[-1]['step']}, but "
+                f"{self.checkpoints} has no checkpoint: bring them back, or start "
+                "afresh with --overwrite."
+            )
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Writes config.json, which makes the folder a run's.

@@ -12,6 +12,15 @@ from experiments.training.quiet import quiet_reads
 from experiments.training.record import first_line, unseal
 from experiments.training.state import TrainState
 
+# Of storage, network and devices; the words are those of TensorStore and XLA.
+_NOT_DAMAGE = (
+    "RESOURCE_EXHAUSTED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+)
+
 
 class DamagedError(Exception):
     """A checkpoint cannot be read, or is not what was saved."""
@@ -69,14 +78,28 @@ class Reader:
 
 
 def _agreed(read: Callable[[], Any]) -> Any:
-    """What `read` returns, if no process fails to read its own."""
+    """What `read` returns, if no process fails to read its own, twice.
+
+    Raises:
+        DamagedError: A process failed.
+        OSError: It did for a reason that says nothing about the checkpoint.
+    """
     value = problem = None
-    try:
-        value = read()
-    # Whatever a damaged file leads to.
-    except Exception as error:
-        problem = first_line(error)
+    for _ in range(2):
+        try:
+            value, problem = read(), None
+            break
+        # Whatever a damaged file leads to.
+        except Exception as error:
+            problem = first_line(error)
     problems = [found for found in gather(problem) if found is not None]
+    for found in problems:
+        if any(reason in found for reason in _NOT_DAMAGE):
+            raise OSError(
+                f"a checkpoint could not be read, which says nothing about its state "
+                f"({found}). Nothing was changed: try --resume again when storage and "
+                "devices are there."
+            )
     if problems:
         raise DamagedError(problems[0])
     return value

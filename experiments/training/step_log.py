@@ -111,7 +111,8 @@ class StepLog:
         speed = self._throughput(numbers["tokens"], seconds)
         self._row = {"step": step, **row, "seconds": seconds, **speed}
         self._clock = now
-        if row["skipped"]:
+        # Where pieces of a batch are skipped, the others make an update.
+        if row["skipped"] and math.isfinite(numbers["update_norm"]):
             self._count_skipped(step)
         else:
             self._judge(step, numbers)
@@ -134,8 +135,8 @@ class StepLog:
         if self._skipped >= self._max_skipped and self.error is None:
             self.error = NonFiniteError(
                 f"loss or gradient was not finite in {self._skipped} steps in a row, "
-                f"from step {step - self._skipped + 1} on. They changed nothing, and "
-                "the state is saved. Try a lower learning rate, --clip-norm 1 or "
+                f"from step {step - self._skipped + 1} on. The state without them is "
+                "saved. Try a lower learning rate, --clip-norm 1 or "
                 "--model.dtype float32, or look at the text read there; --resume goes "
                 "on behind it, --max-skipped allows more."
             )

@@ -144,13 +144,14 @@ def test_a_time_limit_ends_a_compilation_and_the_others_go_on(
     assert compile_tpu.main(args) == 0
     programs = json.loads(path.read_text())["programs"]
     assert list(programs) == [
+        "natural_galore",
         "natural_galore, steady",
         "natural_galore, refresh",
         "adamw",
         "optax_galore",
     ]
     assert {p["failed"] for p in programs.values()} == {"did not finish in 0.2 s"}
-    assert capsys.readouterr().out.count("did not finish") == 4
+    assert capsys.readouterr().out.count("did not finish") == 5
 
 
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is there")
