@@ -31,6 +31,7 @@ _CHIPS = {
     "TPU v4": Chip("v4", 275e12, 32 * _GIB),
     "TPU v4 lite": Chip("v4i", 138e12, 8 * _GIB),
     "TPU v5": Chip("v5p", 459e12, 95 * _GIB),
+    "TPU v5p": Chip("v5p", 459e12, 95 * _GIB),
     "TPU v5 lite": Chip("v5e", 197e12, 16 * _GIB),
     "TPU v5e": Chip("v5e", 197e12, 16 * _GIB),
     "TPU v6 lite": Chip("v6e", 918e12, 32 * _GIB),

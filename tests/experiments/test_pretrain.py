@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,3 +224,59 @@ def test_help_teaches(capsys):
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(SystemExit, match="2"):
         parse(["--batch-size", "6", "--microbatches", "4"])
+
+
+def test_a_run_whose_checkpoints_are_lost_is_not_begun_again_unasked(
+    straight, texts, tmp_path, capsys
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    elsewhere = ["--checkpoint-dir", str(tmp_path / "typo")]
+    assert main(arguments(texts, run_dir, "--auto-resume", *elsewhere)) == 1
+    error = capsys.readouterr().err
+    assert "run of other settings" in error and "run.checkpoint_dir" in error
+    assert len(rows(run_dir)) == STEPS
+
+
+def test_the_end_of_a_run_without_its_metrics_is_told(
+    straight, texts, tmp_path, capsys
+):
+    """As on a new machine: the checkpoints are all that is left."""
+    run_dir, saved = tmp_path / "run", tmp_path / "saved"
+    there = ["--checkpoint-dir", str(saved)]
+    assert main(arguments(texts, run_dir, *there)) == 0
+    shutil.rmtree(run_dir)
+    assert main(arguments(texts, run_dir, "--auto-resume", *there)) == 0
+    assert "its metrics are not in this folder" in capsys.readouterr().out
+
+
+def test_a_report_of_a_run_that_diverged(straight, texts, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    table = read_metrics(run_dir / "metrics.jsonl")
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        table[-1][f"validation_{name}"] = None
+    table[-1]["loss"] = None
+    lines = "".join(json.dumps(row) + "\n" for row in table)
+    (run_dir / "metrics.jsonl").write_text(lines)
+    assert main(arguments(texts, run_dir, "--resume")) == 0
+    assert "nan nats per token" in (run_dir / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pieces"),
+    [
+        ("", 1),  # the demo's 16 sequences
+        ("--preset llama_60m", 16),
+        ("--preset llama_60m --mesh.fsdp 8", 2),
+        ("--preset llama_60m --mesh.fsdp 16", 1),
+        ("--preset llama_60m --mesh.tensor 8", 16),
+        ("--preset llama_60m --batch-size 514", 257),
+        ("--preset llama_60m --microbatches 4", 4),
+    ],
+)
+def test_a_device_works_on_few_sequences_at_a_time(arguments, pieces):
+    config = parse(arguments.split())
+    assert config.microbatches == pieces
+    assert config.as_dict()["run"]["microbatches"] == pieces
+    assert "microbatches" not in config.identity()

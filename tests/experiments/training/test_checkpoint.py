@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.training.checkpoint import Checkpointer, ResumeError, SaveError
 from experiments.training.mesh import make_mesh
+from experiments.training.reader import Reader
 from experiments.training.state import TrainState, shardings_of
 from experiments.training.step import make_train_step
 from tests.experiments.training.small_run import (
@@ -232,6 +233,38 @@ def test_arrays_that_are_not_those_saved_are_noticed(tmp_path):
     with checkpointer(tmp_path, report=lines.append) as saved:
         assert int(saved.restore(initial_state(), Numbers()).step) == 4
     assert "not those that were saved" in lines[0]
+
+
+@pytest.mark.parametrize("reason", ["UNAVAILABLE: bucket", "RESOURCE_EXHAUSTED: HBM"])
+def test_storage_that_is_away_does_not_condemn_a_checkpoint(
+    tmp_path, monkeypatch, reason
+):
+    run(tmp_path, every=2)
+
+    def away(self, step, **items):
+        raise ValueError(reason)
+
+    monkeypatch.setattr("experiments.training.reader.Reader._read", away)
+    with (
+        pytest.raises(OSError, match="Nothing was changed"),
+        checkpointer(tmp_path) as saved,
+    ):
+        saved.restore(initial_state(), Numbers())
+    assert steps_saved(tmp_path) == [4, 6]
+
+
+def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch):
+    run(tmp_path, every=2)
+    read, failures = Reader._read, iter([True, False, True])
+
+    def shaky(self, step, **items):
+        if next(failures, False):
+            raise OSError("reset by peer")
+        return read(self, step, **items)
+
+    monkeypatch.setattr("experiments.training.reader.Reader._read", shaky)
+    state, _ = restore(tmp_path)
+    assert int(state.step) == 6 and steps_saved(tmp_path) == [4, 6]
 
 
 def test_without_a_good_checkpoint_all_are_named_and_none_is_touched(tmp_path):

@@ -130,3 +130,26 @@ def test_a_full_disk_leaves_the_config_as_it_was(tmp_path, monkeypatch):
         folder.write_config({"steps": 4})
     assert folder.config.read_text() == before
     assert json.loads(before)["steps"] == 3
+
+
+def test_a_run_begins_again_only_if_it_had_hardly_begun(tmp_path):
+    """Without a checkpoint: the same settings, and few rows of metrics."""
+    config = {"run": {"checkpoint_dir": None, "checkpoint_every": 2}, "seed": 0}
+    folder = RunFolder(tmp_path / "run")
+    folder.check_restart(config)  # there is nothing yet
+    claim(folder)
+    folder.write_config(config)
+    folder.check_restart(config)
+    with pytest.raises(FileExistsError, match="seed: 0 there, 1 now"):
+        folder.check_restart(config | {"seed": 1})
+    elsewhere = config["run"] | {"checkpoint_dir": "gs://typo"}
+    with pytest.raises(FileExistsError, match="checkpoint_dir"):
+        folder.check_restart(config | {"run": elsewhere})
+    lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
+    folder.metrics.write_text("".join(lines[:4]))
+    folder.check_restart(config)
+    folder.metrics.write_text("".join(lines))
+    with pytest.raises(
+        FileExistsError, match=r"up to step 5, but .* has no checkpoint"
+    ):
+        folder.check_restart(config)

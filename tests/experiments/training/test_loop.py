@@ -146,6 +146,23 @@ def test_too_many_skipped_in_a_row_stop_with_the_state_saved(tmp_path):
     assert [row["skipped"] for row in rows(tmp_path)][8:] == [0, 0]
 
 
+def test_an_evaluation_that_is_not_finite_keeps_no_state_from_being_saved(tmp_path):
+    broken = dict.fromkeys(range(5, 100), poison)
+    losses = dict.fromkeys(range(2, 50, 2), float("nan"))
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        run(
+            tmp_path,
+            steps=50,
+            every=2,
+            max_skipped=3,
+            place=Hook(broken),
+            losses=losses,
+        )
+    assert steps_saved(tmp_path)[-1] == 8
+    assert rows(tmp_path)[-1]["validation_loss"] is None
+    assert int(run(tmp_path, steps=10, every=2, resume=True).state.step) == 10
+
+
 def test_skipped_steps_that_are_not_in_a_row_do_not_stop(tmp_path):
     hook = Hook({n: poison for n in (1, 2, 4, 5, 7, 8)})
     assert int(run(tmp_path, steps=9, max_skipped=3, place=hook).state.step) == 9
