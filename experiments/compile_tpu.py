@@ -127,7 +127,7 @@ def _programs(config: CompileConfig, extra: Sequence[str]) -> list[Program]:
     for optimizer in optimizers:
         run = on_topology(parse(_pretrain_args(config, optimizer, extra)), chips)
         # Where the optimizer adds up microbatches, its own count decides on a refresh.
-        by_count = optimizer not in _HAS_REFRESH or run.accumulates_in_subspace
+        by_count = optimizer not in _HAS_REFRESH or run.accumulation_steps is not None
         for refresh in (None,) if by_count else (None, False, True):
             programs.append(Program(optimizer, refresh))
     return programs

@@ -295,9 +295,10 @@ class PretrainConfig:
         )
 
     @property
-    def accumulates_in_subspace(self) -> bool:
-        """Whether the optimizer adds up the microbatches' gradients itself."""
-        return self.optimization.accumulate == "subspace" and self.microbatches > 1
+    def accumulation_steps(self) -> int | None:
+        """Microbatches that the optimizer adds up itself; None where it does not."""
+        subspace = self.optimization.accumulate == "subspace"
+        return self.microbatches if subspace and self.microbatches > 1 else None
 
     @property
     def run_dir(self) -> Path:

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,30 +19,25 @@ import optax
 from rich.console import Console
 
 import ngalore_jax as ng
+from experiments.assembly import mesh_of, parts_of, step_of
 from experiments.configs import PretrainConfig
 from experiments.data.batches import Share
 from experiments.data.text import Text, load_text
-from experiments.models.functional import functional_llama
 from experiments.presets import parse
 from experiments.training import distributed
 from experiments.training.checkpoint import Checkpointer
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Outcome, Plan, train
-from experiments.training.mesh import batch_sharding, make_mesh
+from experiments.training.mesh import batch_sharding
 from experiments.training.metrics import MetricsWriter, NullMetrics, read_metrics
 from experiments.training.microbatches import Batch, LossFn
 from experiments.training.mirrors import open_mirrors
-from experiments.training.optimizer import (
-    adamw_state_bytes,
-    build_optimizer,
-    learning_rate_schedule,
-    takes_explicit_axes,
-)
+from experiments.training.optimizer import adamw_state_bytes
 from experiments.training.progress import ConsoleProgress
 from experiments.training.record import first_line
 from experiments.training.report import Report, megabytes
 from experiments.training.state import TrainState, create_state, shardings_of
-from experiments.training.step import make_evaluate, make_train_step, next_token_loss
+from experiments.training.step import make_evaluate
 from experiments.training.throughput import Throughput
 
 _PROGRAM = "python -m experiments.pretrain"
@@ -88,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if not any("validation_loss" in row for row in rows):
             console.print("The run is at its end; its metrics are not in this folder.")
             return 0
-        report = make_report(config, folder, outcome.state, command(args))
+        report = make_report(config, folder, outcome.state, rows, command(args))
         path = report.write(folder.path, rows)
         report.show(console)
         console.print(f"Report: {path}", soft_wrap=True)
@@ -127,12 +123,7 @@ def lay_out(
         console.print(f"{unused}; --mesh.fsdp {there} uses all of them.")
     if config.devices == 1:
         return jax.device_put, Share(), None
-    mesh = make_mesh(
-        config.mesh.data,
-        config.mesh.fsdp,
-        config.mesh.tensor,
-        explicit=takes_explicit_axes(config.optimization),
-    )
+    mesh = mesh_of(config)
     place = distributed.BatchPlacement(batch_sharding(mesh))
     return place, place.share, mesh
 
@@ -151,8 +142,13 @@ def load_run_text(
             seed=config.run.seed,
             share=share,
             tokenizer_file=folder.tokenizer,
-            report=lambda line: console.print(line, markup=False, soft_wrap=True),
+            report=reporter(console),
         )
+
+
+def reporter(console: Console) -> Callable[[str], None]:
+    """Returns a function that prints a line as it is: paths may hold brackets."""
+    return lambda line: console.print(line, markup=False, soft_wrap=True)
 
 
 def train_on(
@@ -165,23 +161,13 @@ def train_on(
     stack: contextlib.ExitStack,
 ) -> Outcome:
     """Trains on `text`; what has to be closed in the end goes onto `stack`."""
-    run, steps = config.run, config.run.steps
-    init_params, apply = functional_llama(config.model)
-    loss_fn = next_token_loss(apply)
-    optimizer = build_optimizer(
-        config.optimization,
-        learning_rate=config.learning_rate,
-        steps=steps,
-        microbatches=config.microbatches,
-    )
-    state = create_state(init_params, optimizer, seed=run.seed, mesh=mesh)
+    run, steps, parts = config.run, config.run.steps, parts_of(config)
+    state = create_state(parts.init_params, parts.optimizer, seed=run.seed, mesh=mesh)
+    report = reporter(console)
     settings = config.as_dict() | {"corpus": dict(text.summary)}
     with distributed.agreed():
         if run.overwrite and distributed.is_first():
             folder.delete_run()
-
-    def report(line: str) -> None:
-        console.print(line, markup=False, soft_wrap=True)
 
     checkpointer = stack.enter_context(
         Checkpointer(
@@ -215,20 +201,12 @@ def train_on(
                 report=report,
             )
             earlier = read_metrics(folder.metrics)
-    step_fn = make_train_step(
-        loss_fn,
-        optimizer,
-        learning_rate_schedule(config.optimization, config.learning_rate, steps),
-        microbatches=config.microbatches,
-        by_piece=config.accumulates_in_subspace,
-        shardings=None if mesh is None else shardings_of(state),
-    )
     return train(
         state,
-        step_fn=step_fn,
+        step_fn=step_of(config, parts, None if mesh is None else shardings_of(state)),
         batches=text.batches,
         place=place,
-        evaluate=make_validation(loss_fn, place, text),
+        evaluate=make_validation(parts.loss_fn, place, text),
         plan=Plan(steps, run.eval_every, run.checkpoint_every, run.max_skipped),
         checkpointer=checkpointer,
         metrics=stack.enter_context(metrics),
@@ -258,10 +236,13 @@ def make_validation(
 
 
 def make_report(
-    config: PretrainConfig, folder: RunFolder, state: TrainState, command: str
+    config: PretrainConfig,
+    folder: RunFolder,
+    state: TrainState,
+    rows: Sequence[dict[str, Any]],
+    command: str,
 ) -> Report:
-    """Gathers what a finished run has to say."""
-    rows = read_metrics(folder.metrics)
+    """Gathers what a finished run has to say; one of its rows has an evaluation."""
     last = [row for row in rows if "validation_loss" in row][-1]
     loss, perplexity, bits = (
         # Null in JSON where it was not finite.

@@ -24,12 +24,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 import ngalore_jax as ng
+from experiments.assembly import parts_of
 from experiments.configs import DEFAULT_LEARNING_RATE, OptimizerName, PresetName
-from experiments.models.functional import functional_llama
 from experiments.presets import parse
 from experiments.training.folder import RunFolder
 from experiments.training.metrics import read_metrics
-from experiments.training.optimizer import build_optimizer
 from experiments.training.report import megabytes
 
 
@@ -198,10 +197,9 @@ def _result(config: StudyConfig, best: Run, curves: dict[Run, Curve]) -> dict[st
 def _state_bytes(config: StudyConfig, run: Run, extra: Sequence[str]) -> int:
     """Bytes of a run's optimizer state, from abstract parameters."""
     settings = parse(["--preset", config.preset, "--optimizer", run.method, *extra])
-    init_params, _ = functional_llama(settings.model)
-    optimizer = build_optimizer(settings.optimization, learning_rate=1.0, steps=1)
-    params = jax.eval_shape(init_params, jax.random.key(0))
-    return ng.state_bytes(jax.eval_shape(optimizer.init, params))
+    parts = parts_of(settings)
+    params = jax.eval_shape(parts.init_params, jax.random.key(0))
+    return ng.state_bytes(jax.eval_shape(parts.optimizer.init, params))
 
 
 def _write(

@@ -11,12 +11,17 @@ from typing import Any
 
 import jax
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 import ngalore_jax as ng
-from experiments.models.llama import PRESETS, Llama, LlamaConfig
-from experiments.training.mesh import make_mesh, param_shardings, state_shardings
+from experiments.models.functional import functional_llama
+from experiments.models.llama import PRESETS, LlamaConfig
+from experiments.training.mesh import (
+    make_mesh,
+    param_shardings,
+    placed,
+    state_shardings,
+)
 from ngalore_jax import sharding
 from tests.collectives import KINDS, bytes_by_kind
 
@@ -33,8 +38,8 @@ LAYOUTS = [
 
 def matrices(config: LlamaConfig) -> Any:
     """Abstract parameters of the layers' kernels, the ones that are projected."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    init_params, _ = functional_llama(config)
+    params = jax.eval_shape(init_params, jax.random.key(0))
     return {name: params["layers"][name] for name in ("attention", "mlp")}
 
 
@@ -47,13 +52,6 @@ def compiled_update(
 ) -> jax.stages.Compiled:
     """One update, everything laid out by the mesh's rules."""
     placements = (param_shardings(params, mesh), state_shardings(tx.init, params, mesh))
-
-    def placed(tree: Any, shardings: Any) -> Any:
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            tree,
-            shardings,
-        )
 
     with jax.set_mesh(mesh):
         update = jax.jit(

@@ -16,23 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
 
+from experiments.assembly import mesh_of, parts_of, step_of
 from experiments.compiled.counts import count
 from experiments.configs import PretrainConfig
-from experiments.models.functional import functional_llama
 from experiments.presets import parse
 from experiments.training.chips import known_chip
-from experiments.training.mesh import batch_sharding, make_mesh, state_shardings
-from experiments.training.optimizer import (
-    build_optimizer,
-    learning_rate_schedule,
-    takes_explicit_axes,
-)
-from experiments.training.state import TrainState
-from experiments.training.step import make_train_step, next_token_loss
+from experiments.training.mesh import batch_sharding
+from experiments.training.state import abstract_state, shardings_of
 from experiments.training.throughput import flops_per_token
 
 # libtpu describes a topology without a TPU if it does not look for one.
@@ -132,21 +124,8 @@ def lower_step(
         refresh: As in `make_train_step`.
     """
     run, length = config.run, config.text.sequence_length
-    mesh = make_mesh(
-        config.mesh.data,
-        config.mesh.fsdp,
-        config.mesh.tensor,
-        explicit=takes_explicit_axes(config.optimization),
-        devices=devices.tolist(),
-    )
-    init_params, apply = functional_llama(config.model)
-    optimizer = build_optimizer(
-        config.optimization,
-        learning_rate=config.learning_rate,
-        steps=run.steps,
-        microbatches=config.microbatches,
-    )
-    state = _abstract_state(init_params, optimizer, mesh)
+    mesh, parts = mesh_of(config, devices.tolist()), parts_of(config)
+    state = abstract_state(parts.init_params, parts.optimizer, mesh)
     shapes = {
         "tokens": ((run.batch_size, length + 1), jnp.int32),
         "weights": ((run.batch_size, length), jnp.float32),
@@ -157,15 +136,7 @@ def lower_step(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in shapes.items()
     }
-    step = make_train_step(
-        next_token_loss(apply),
-        optimizer,
-        learning_rate_schedule(config.optimization, config.learning_rate, run.steps),
-        microbatches=config.microbatches,
-        by_piece=config.accumulates_in_subspace,
-        shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
-        refresh=refresh,
-    )
+    step = step_of(config, parts, shardings_of(state), refresh)
     with jax.set_mesh(mesh):
         return step.lower(state, batch)
 
@@ -228,23 +199,6 @@ def main() -> int:
         return 1
     Path(sys.argv[1]).write_text(json.dumps(result), "utf-8")
     return 0
-
-
-def _abstract_state(init_params: Any, optimizer: Any, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state that a run starts with."""
-
-    def init(params: optax.Params) -> TrainState:
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-    params = jax.eval_shape(init_params, jax.random.key(0))
-
-    def placed(
-        leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
-    ) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    shardings = state_shardings(init, params, mesh)
-    return jax.tree.map(placed, jax.eval_shape(init, params), shardings)
 
 
 if __name__ == "__main__":

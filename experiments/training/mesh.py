@@ -215,6 +215,15 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, abstract_params)
 
 
+def placed(abstract: Any, shardings: Any) -> Any:
+    """Return a tree of shapes and dtypes with their shardings."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+
+
 def state_shardings(
     init: Callable[[Any], Any], abstract_params: Any, mesh: Mesh
 ) -> Any:
@@ -235,11 +244,7 @@ def state_shardings(
     explicit = Mesh(
         mesh.devices, mesh.axis_names, (AxisType.Explicit,) * len(mesh.axis_names)
     )
-    typed_params = jax.tree.map(
-        lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
-        abstract_params,
-        param_shardings(abstract_params, explicit),
-    )
+    typed_params = placed(abstract_params, param_shardings(abstract_params, explicit))
     with jax.sharding.use_abstract_mesh(explicit.abstract_mesh):
         state = jax.eval_shape(init, typed_params)
 

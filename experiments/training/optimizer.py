@@ -33,7 +33,7 @@ def build_optimizer(
     *,
     learning_rate: float,
     steps: int,
-    microbatches: int = 1,
+    accumulation_steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer that `config` names.
 
@@ -41,26 +41,26 @@ def build_optimizer(
         config: The method and its settings.
         learning_rate: Peak learning rate of the hidden matrices.
         steps: Steps of the whole run; the schedule ends there.
-        microbatches: With `accumulate="subspace"`, the updates that make up a step,
-            one a microbatch.
+        accumulation_steps: Updates that make up a step, one a microbatch (galore,
+            natural_galore). None: each is a step.
 
     Returns:
         A transformation of a model's parameters: nested dictionaries whose hidden
         matrices are leaves named `kernel` outside `lm_head`.
     """
-    in_subspace = config.accumulate == "subspace" and microbatches > 1
+    accumulates = accumulation_steps is not None
     method = _METHODS[config.optimizer](
         config,
         learning_rate_schedule(config, learning_rate, steps),
-        **({"accumulation_steps": microbatches} if in_subspace else {}),
+        **({"accumulation_steps": accumulation_steps} if accumulates else {}),
     )
     adam = optax.adam(
         learning_rate_schedule(config, config.adam_learning_rate, steps),
         b1=config.b1,
         b2=config.b2,
     )
-    if in_subspace:
-        adam = optax.MultiSteps(adam, microbatches).gradient_transformation()
+    if accumulates:
+        adam = optax.MultiSteps(adam, accumulation_steps).gradient_transformation()
     optimizer = optax.partition({"matrix": method, "other": adam}, matrix_labels)
     if config.clip_norm is None:
         return optimizer

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from experiments.training.mesh import param_shardings, state_shardings
+from experiments.training.mesh import param_shardings, placed, state_shardings
 
 
 class TrainState(NamedTuple):
@@ -35,10 +35,7 @@ def create_state(
         mesh: Where the state is laid out by `mesh.ShardingRules`; the caller has
             entered it with `jax.set_mesh`. None: on one device.
     """
-
-    def init(params: optax.Params) -> TrainState:
-        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
+    init = _initial(optimizer)
     key = jax.random.key(seed)
     if mesh is None:
         # Committed to a device, as a restored state is: one program serves both.
@@ -52,6 +49,18 @@ def create_state(
     return jax.jit(init, out_shardings=shardings)(params)
 
 
+def abstract_state(
+    init_params: Callable[[jax.Array], optax.Params],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState:
+    """Returns what `create_state` would make: shapes, dtypes and shardings."""
+    init = _initial(optimizer)
+    params = jax.eval_shape(init_params, jax.random.key(0))
+    shardings = state_shardings(init, params, mesh)
+    return placed(jax.eval_shape(init, params), shardings)
+
+
 def abstract_like(state: TrainState) -> TrainState:
     """Returns the shapes, dtypes and shardings of `state`, without its arrays."""
     return jax.tree.map(
@@ -60,5 +69,14 @@ def abstract_like(state: TrainState) -> TrainState:
 
 
 def shardings_of(state: TrainState) -> TrainState:
-    """Returns the sharding of every leaf of `state`."""
+    """Returns the sharding of every leaf of `state`, which may be abstract."""
     return jax.tree.map(lambda x: x.sharding, state)
+
+
+def _initial(
+    optimizer: optax.GradientTransformation,
+) -> Callable[[optax.Params], TrainState]:
+    def init(params: optax.Params) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    return init

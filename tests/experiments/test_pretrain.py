@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -10,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
+from experiments import kill_test
 from experiments.presets import parse, preset
 from experiments.pretrain import main
+from experiments.training.folder import RunFolder
 from experiments.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -25,16 +24,8 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    """Sixty documents over a small vocabulary."""
-    folder = tmp_path_factory.mktemp("texts")
-    dice = random.Random(0)
-    words = [
-        "".join(dice.choice("abcdefgh") for _ in range(dice.randint(2, 6)))
-        for _ in range(100)
-    ]
-    for number in range(60):
-        text = " ".join(dice.choice(words) for _ in range(150))
-        (folder / f"{number}.txt").write_text(text)
+    folder = tmp_path_factory.mktemp("texts") / "texts"
+    kill_test.write_texts(folder)
     return folder
 
 
@@ -50,17 +41,11 @@ def arguments(texts: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def load(run_dir: Path, step: int) -> list[np.ndarray]:
-    with ocp.CheckpointManager(run_dir.absolute() / "checkpoints") as manager:
-        restored = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
-        )
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored["state"])]
+    return kill_test.load(RunFolder(run_dir), step)[0]
 
 
 def rows(run_dir: Path) -> list[dict]:
-    table = read_metrics(run_dir / "metrics.jsonl")
-    timings = {"seconds", "tokens_per_second"}
-    return [{k: v for k, v in row.items() if k not in timings} for row in table]
+    return kill_test.rows(RunFolder(run_dir))
 
 
 @pytest.fixture(scope="module")

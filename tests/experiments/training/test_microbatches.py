@@ -13,23 +13,9 @@ from experiments.configs import OptimizerConfig
 from experiments.training.optimizer import build_optimizer
 from experiments.training.state import create_state
 from experiments.training.step import make_train_step, next_token_loss
+from tests.experiments.training.toy import VOCAB, apply_toy, init_toy
 
-VOCAB, PIECES, GAP = 32, 4, 2
-
-
-def init_toy(key):
-    draw = jax.nn.initializers.normal(0.3)
-    return {
-        "embed_tokens": {"embedding": draw(key, (VOCAB, 16))},
-        "layers": {"up_proj": {"kernel": draw(key, (2, 16, 24))}},
-        "lm_head": {"kernel": draw(key, (24, VOCAB))},
-    }
-
-
-def apply_toy(params, tokens):
-    x = params["embed_tokens"]["embedding"][tokens]
-    first, second = params["layers"]["up_proj"]["kernel"]
-    return (jnp.tanh(x @ first) * jnp.tanh(x @ second)) @ params["lm_head"]["kernel"]
+PIECES, GAP = 4, 2
 
 
 def batches(steps):
@@ -53,9 +39,12 @@ def fixed_basis(gradient, basis, count):
 def run(accumulate, steps=5, **changes):
     """Losses and parameters of a few steps, gradients added up here or there."""
     settings = dict(optimizer="galore", rank=4, update_proj_gap=GAP, weight_decay=0.1)
-    config = OptimizerConfig(**{**settings, **changes, "accumulate": accumulate})
+    config = OptimizerConfig(**{**settings, **changes})
     optimizer = build_optimizer(
-        config, learning_rate=0.1, steps=steps, microbatches=PIECES
+        config,
+        learning_rate=0.1,
+        steps=steps,
+        accumulation_steps=PIECES if accumulate == "subspace" else None,
     )
     step = make_train_step(
         next_token_loss(apply_toy),
@@ -92,21 +81,21 @@ def test_adding_up_in_the_subspace_takes_the_same_steps(optimizer, monkeypatch):
 
 
 def test_no_sum_of_whole_matrices_is_kept():
-    """Neither in the state nor, but for one layer's piece, while a step runs."""
+    """Only projected ones are, from one microbatch to the next."""
     config = OptimizerConfig(optimizer="galore", rank=2)
     weights = {"layers": {"kernel": jax.ShapeDtypeStruct((64, 64, 96), jnp.float32)}}
     whole = ng.state_bytes(weights)
 
-    def state_size(accumulate):
+    def state_size(accumulation_steps):
         optimizer = build_optimizer(
-            OptimizerConfig(**{**vars(config), "accumulate": accumulate}),
+            config,
             learning_rate=0.1,
             steps=5,
-            microbatches=PIECES,
+            accumulation_steps=accumulation_steps,
         )
         return ng.state_bytes(jax.eval_shape(optimizer.init, weights))
 
-    assert 0 < state_size("subspace") - state_size("full") < whole / 20
+    assert 0 < state_size(PIECES) - state_size(None) < whole / 20
 
 
 def test_a_piece_that_is_not_finite_is_skipped():
@@ -115,10 +104,10 @@ def test_a_piece_that_is_not_finite_is_skipped():
         return jnp.where(jnp.any(batch["bad"]), jnp.nan, loss), weight
 
     optimizer = build_optimizer(
-        OptimizerConfig(optimizer="galore", rank=4, accumulate="subspace"),
+        OptimizerConfig(optimizer="galore", rank=4),
         learning_rate=0.1,
         steps=5,
-        microbatches=PIECES,
+        accumulation_steps=PIECES,
     )
     step = make_train_step(
         loss_fn,

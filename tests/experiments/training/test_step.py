@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from experiments.configs import OptimizerConfig
-from experiments.models.placement import gather_matrix, look_up, pin_batch
 from experiments.training.mesh import batch_sharding, make_mesh
 from experiments.training.optimizer import build_optimizer, takes_explicit_axes
 from experiments.training.state import create_state, shardings_of
@@ -20,27 +19,7 @@ from experiments.training.step import (
     make_train_step,
     next_token_loss,
 )
-
-VOCAB = 32
-
-
-def init_toy(key):
-    """A residual network with leaves named as the Llama's, quick to compile."""
-    draw = jax.nn.initializers.normal(0.3)
-    return {
-        "embed_tokens": {"embedding": draw(key, (VOCAB, 16))},
-        "layers": {"up_proj": {"kernel": draw(key, (2, 16, 24))}},
-        "lm_head": {"kernel": draw(key, (24, VOCAB))},
-    }
-
-
-def apply_toy(params, tokens):
-    x = look_up(params["embed_tokens"]["embedding"], tokens, "embed_tokens")
-    kernels = params["layers"]["up_proj"]["kernel"]
-    h = [jnp.tanh(x @ gather_matrix(kernels[layer], "up_proj")) for layer in range(2)]
-    return pin_batch(
-        (h[0] * h[1]) @ gather_matrix(params["lm_head"]["kernel"], "lm_head")
-    )
+from tests.experiments.training.toy import VOCAB, apply_toy, init_toy
 
 
 def bigram(params, tokens):

@@ -1,0 +1,77 @@
+"""What a config stands for: mesh, model, optimizer and the step that is compiled.
+
+Shared by all who run a step, compile it or weigh its state, so that they mean the same
+one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from experiments.configs import PretrainConfig
+from experiments.models.functional import functional_llama
+from experiments.training.mesh import make_mesh
+from experiments.training.microbatches import LossFn
+from experiments.training.optimizer import (
+    build_optimizer,
+    learning_rate_schedule,
+    takes_explicit_axes,
+)
+from experiments.training.state import TrainState
+from experiments.training.step import StepFn, make_train_step, next_token_loss
+
+
+class Parts(NamedTuple):
+    """What a state is made of, and what it is trained by."""
+
+    init_params: Callable[[jax.Array], optax.Params]
+    loss_fn: LossFn
+    optimizer: optax.GradientTransformationExtraArgs
+
+
+def parts_of(config: PretrainConfig) -> Parts:
+    """Returns model, loss and optimizer of a config."""
+    init_params, apply = functional_llama(config.model)
+    optimizer = build_optimizer(
+        config.optimization,
+        learning_rate=config.learning_rate,
+        steps=config.run.steps,
+        accumulation_steps=config.accumulation_steps,
+    )
+    return Parts(init_params, next_token_loss(apply), optimizer)
+
+
+def mesh_of(
+    config: PretrainConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Returns the mesh of a config; `devices` are as of `make_mesh`."""
+    return make_mesh(
+        config.mesh.data,
+        config.mesh.fsdp,
+        config.mesh.tensor,
+        explicit=takes_explicit_axes(config.optimization),
+        devices=devices,
+    )
+
+
+def step_of(
+    config: PretrainConfig,
+    parts: Parts,
+    shardings: TrainState | None,
+    refresh: bool | None = None,
+) -> StepFn:
+    """Returns the training step of a config; the last two are `make_train_step`'s."""
+    return make_train_step(
+        parts.loss_fn,
+        parts.optimizer,
+        learning_rate_schedule(
+            config.optimization, config.learning_rate, config.run.steps
+        ),
+        microbatches=config.microbatches,
+        by_piece=config.accumulation_steps is not None,
+        shardings=shardings,
+        refresh=refresh,
+    )
