@@ -104,8 +104,6 @@ def update_at_once(
 
     # A branch, not `where` on every leaf: that keeps the old state alive beside
     # the new one and copies the whole history, of which a step writes one entry.
-    # Compiled for the demo, the branch takes the memory and time of no check at
-    # all (all of the state is aliased), `where` 7 to 11 MB more on 14 MB of state.
     params, opt_state, update_norm = jax.lax.cond(
         finite,
         update,
