@@ -103,6 +103,19 @@ class MatrixView:
         ordered = matrix.reshape(tuple(self.shape[axis] for axis in order))
         return ordered.transpose([order.index(axis) for axis in range(len(order))])
 
+    def column_sums(self, leaf: jax.Array) -> jax.Array:
+        """Sums of a leaf of ``shape`` over side ``m``: ``(*batch, n)``."""
+        sums = jnp.sum(leaf, axis=self.projected, keepdims=True)
+        ordered = sums.transpose(self.batch + self.projected + self.kept)
+        return ordered.reshape((*self.batch_shape, self.n))
+
+    def from_columns(self, columns: jax.Array) -> jax.Array:
+        """``(*batch, n)`` as an array that multiplies a leaf, 1 long along ``m``."""
+        order = self.batch + self.projected + self.kept
+        shape = [1 if axis in self.projected else self.shape[axis] for axis in order]
+        ordered = columns.reshape(shape)
+        return ordered.transpose([order.index(axis) for axis in range(len(order))])
+
 
 def work_dtype(leaf: Any) -> jnp.dtype:
     """Dtype of everything computed in the subspace: float32, or wider for the leaf."""

@@ -1,15 +1,18 @@
 """Adam in a subspace that moves."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ngalore_jax import sharding
+from ngalore_jax import sharding, storage
+from ngalore_jax.matrices import work_dtype
 from ngalore_jax.subspace import AtRefresh, SubspaceChange, check_at_refresh, when
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_FIRST, _SECOND = storage.Curve.SQUARE, storage.Curve.FLOAT
 
 
 def scale_by_subspace_adam(
@@ -18,7 +21,7 @@ def scale_by_subspace_adam(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     at_refresh: AtRefresh = "rotate",
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    moments_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""``optax.scale_by_adam`` whose moments follow the basis at a refresh.
 
@@ -39,20 +42,53 @@ def scale_by_subspace_adam(
         publishes it: identical to ``optax.scale_by_adam``) or ``"reset"`` (moments and
         bias correction start again, those of leaves that are not projected too, since
         one counter serves all).
-      mu_dtype: Dtype of the first moment; None for that of the updates.
+      moments_dtype: Storage dtype of both moments. None: that of the updates, and the
+        numbers of ``optax.scale_by_adam``. Else the step is computed in float32
+        (float64 for float64 leaves) and only what is kept is rounded, up or down at
+        random so that it is right on average: see :mod:`ngalore_jax.storage`. A float
+        dtype of float32's range (``"bfloat16"``), or ``"int8"`` with a scale a column,
+        in a curve that keeps small second moments apart from zero.
 
     Returns:
-      A transformation with ``optax.ScaleByAdamState``. Outside
+      A transformation with ``optax.ScaleByAdamState``, the leaves of whose moments are
+      :class:`ngalore_jax.storage.Int8` with ``"int8"``. Outside
       :func:`ngalore_jax.low_rank` it is Adam.
 
     Raises:
-      ValueError: If ``at_refresh`` is not one of the three.
+      ValueError: If ``at_refresh`` is not one of the three, or ``moments_dtype`` is
+        none of the above.
 
     Memory:
-      ``2 r n`` elements a matrix.
+      ``2 r n`` elements a matrix; ``2 (r + 2) n`` bytes with ``"int8"``.
+
+    Example:
+      >>> import jax, ngalore_jax as ng
+      >>> g = jax.ShapeDtypeStruct((8, 512), "float32")
+      >>> for dtype in (None, "bfloat16", "int8"):
+      ...     tx = ng.scale_by_subspace_adam(moments_dtype=dtype)
+      ...     print(ng.state_bytes(jax.eval_shape(tx.init, g)) / (2 * 8 * 512))
+      4.00048828125
+      2.00048828125
+      1.25048828125
     """
     check_at_refresh("at_refresh", at_refresh)
-    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+    dtype = _check_moments_dtype(moments_dtype)
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def init(params: optax.Params) -> optax.OptState:
+        if dtype is None:
+            return adam.init(params)
+
+        def zeros(curve: storage.Curve) -> Any:
+            def zero(leaf: Any) -> storage.Stored:
+                codec = storage.Codec(dtype, curve, storage.block_axes(leaf.ndim))
+                return codec.zeros(leaf.shape, work_dtype(leaf), sharding.spec_of(leaf))
+
+            return jax.tree.map(zero, params)
+
+        return optax.ScaleByAdamState(
+            jnp.zeros([], jnp.int32), zeros(_FIRST), zeros(_SECOND)
+        )
 
     def update(
         updates: optax.Updates,
@@ -67,34 +103,102 @@ def scale_by_subspace_adam(
             moved, rotation = subspace_change
             carry = _reset if at_refresh == "reset" else _rotate
             state = when(moved, lambda kept: carry(kept, rotation), state)
-        return adam.update(updates, state, params)
+        if dtype is None:
+            return adam.update(updates, state, params)
+        return _update_stored(updates, state, b1, b2, eps)
 
-    return optax.GradientTransformationExtraArgs(adam.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _update_stored(
+    updates: optax.Updates,
+    state: optax.ScaleByAdamState,
+    *hyperparameters: jax.typing.ArrayLike,
+) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+    gradients, treedef = jax.tree.flatten(updates)
+    mu, nu = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    directions = []
+    for i, g in enumerate(gradients):
+        first, second = _codecs(mu[i], nu[i])
+        step = functools.partial(adam_step, first=first, second=second, salt=2 * i)
+        spec = sharding.spec_of(g)
+        specs = (spec, first.specs(spec), second.specs(spec))
+        # As operands: what is pinned must not close over a traced number.
+        numbers = tuple(jnp.asarray(x, work_dtype(g)) for x in hyperparameters)
+        direction, mu[i], nu[i] = sharding.pinned(step, specs)(
+            g, mu[i], nu[i], count, *numbers
+        )
+        directions.append(direction)
+    return treedef.unflatten(directions), optax.ScaleByAdamState(
+        count, treedef.unflatten(mu), treedef.unflatten(nu)
+    )
+
+
+def adam_step(
+    g: jax.Array,
+    mu: storage.Stored,
+    nu: storage.Stored,
+    count: jax.Array,
+    b1: jax.Array,
+    b2: jax.Array,
+    eps: jax.Array,
+    *,
+    first: storage.Codec,
+    second: storage.Codec,
+    salt: int,
+) -> tuple[jax.Array, storage.Stored, storage.Stored]:
+    """Direction in the dtype of ``g``, and both moments, of one leaf.
+
+    ``count`` is the step's number from 1. Only what is stored is rounded, by the random
+    numbers of ``count``, ``salt`` and ``salt + 1``.
+    """
+    work = b1.dtype
+    gradient = g.astype(work)
+    m = b1 * first.decode(mu, work) + (1 - b1) * gradient
+    v = b2 * second.decode(nu, work) + (1 - b2) * jnp.square(gradient)
+    root = jnp.sqrt(v / (1 - b2**count))
+    direction = m / (1 - b1**count) / (root + eps)
+    return (
+        direction.astype(g.dtype),
+        first.encode(m, storage.random_bits(g.shape, count, salt)),
+        second.encode(v, storage.random_bits(g.shape, count, salt + 1)),
+    )
 
 
 def rotate_moments(
-    mu: jax.Array, nu: jax.Array, rotation: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """First and second moment ``(..., r, n)`` after rotation by ``(..., r, r)``."""
+    mu: storage.Stored,
+    nu: storage.Stored,
+    rotation: jax.Array,
+    *,
+    first: storage.Codec,
+    second: storage.Codec,
+) -> tuple[storage.Stored, storage.Stored]:
+    """First and second moment ``(..., r, n)`` after rotation by ``(..., r, r)``.
 
-    def apply(q: jax.Array, x: jax.Array) -> jax.Array:
-        rotated = jnp.einsum(
-            "...qr,...rn->...qn", q, x.astype(q.dtype), precision=_HIGHEST
-        )
-        return rotated.astype(x.dtype)
+    Rounded to the nearest: it is once in many steps.
+    """
 
-    return apply(rotation, mu), apply(jnp.square(rotation), nu)
+    def apply(q: jax.Array, stored: storage.Stored, codec: storage.Codec) -> Any:
+        x = codec.decode(stored, q.dtype)
+        return codec.encode(jnp.einsum("...qr,...rn->...qn", q, x, precision=_HIGHEST))
+
+    return apply(rotation, mu, first), apply(jnp.square(rotation), nu, second)
 
 
 def _rotate(
     state: optax.ScaleByAdamState, rotation: optax.Updates
 ) -> optax.ScaleByAdamState:
-    treedef = jax.tree.structure(state.mu)
+    treedef = jax.tree.structure(
+        state.mu, is_leaf=lambda x: isinstance(x, storage.Int8)
+    )
     mu, nu = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
     for i, q in enumerate(treedef.flatten_up_to(rotation)):
         if q is not None:
-            specs = (sharding.spec_of(mu[i]), sharding.spec_of(nu[i]))
-            mu[i], nu[i] = sharding.pinned(rotate_moments, specs)(mu[i], nu[i], q)
+            first, second = _codecs(mu[i], nu[i])
+            rotate = functools.partial(rotate_moments, first=first, second=second)
+            specs = (first.specs_of(mu[i]), second.specs_of(nu[i]))
+            mu[i], nu[i] = sharding.pinned(rotate, specs)(mu[i], nu[i], q)
     return state._replace(mu=treedef.unflatten(mu), nu=treedef.unflatten(nu))
 
 
@@ -105,3 +209,26 @@ def _reset(
     # a leaf that is not projected starts again with them.
     del rotation
     return jax.tree.map(jnp.zeros_like, state)
+
+
+def _codecs(
+    mu: storage.Stored, nu: storage.Stored
+) -> tuple[storage.Codec, storage.Codec]:
+    """Codecs that made the moments of a leaf."""
+    return storage.Codec.of(mu, _FIRST), storage.Codec.of(nu, _SECOND)
+
+
+def _check_moments_dtype(
+    moments_dtype: jax.typing.DTypeLike | None,
+) -> jnp.dtype | None:
+    dtype = storage.check_dtype("moments_dtype", moments_dtype)
+    if (
+        dtype is not None
+        and jnp.issubdtype(dtype, jnp.floating)
+        and jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp
+    ):
+        raise ValueError(
+            f"moments_dtype={dtype.name} cannot hold the squares of small gradients; "
+            "'bfloat16' takes no more than two bytes either, 'int8' about one."
+        )
+    return dtype

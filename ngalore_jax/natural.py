@@ -179,26 +179,24 @@ def natural_step(
       ``F^{-1} g`` in the dtype of ``g``, and the new history and Gram matrix.
     """
     batch = _batch_axes(g)
-    block = "yz"[: g.ndim - batch]
+    slots = history.shape[0]
     history = jax.lax.dynamic_update_index_in_dim(
         history, g.astype(history.dtype), slot, axis=0
     )
-    current = jax.lax.dynamic_index_in_dim(history, slot, axis=0, keepdims=False)
-    # K_ij = <H_j, g>, with g as it is stored so that K stays the Gram matrix of H.
-    row = jnp.einsum(
-        f"s...{block},...{block}->...s",
-        history.astype(gram.dtype),
-        current.astype(gram.dtype),
-        precision=_HIGHEST,
+    current = jax.lax.dynamic_index_in_dim(history, slot, axis=0)
+    # K_ij = <H_j, g>, with g as it is stored so that K stays the Gram matrix of H. Sums
+    # of products, not dot_general: limited by memory, exact in float32 everywhere, and
+    # without the transposed copy of the history that a batch in its middle would cost.
+    products = history.astype(gram.dtype) * current.astype(gram.dtype)
+    row = jnp.moveaxis(
+        jnp.sum(products, axis=tuple(range(batch + 1, history.ndim))), 0, -1
     )
     gram = jax.lax.dynamic_update_index_in_dim(gram, row, slot, axis=batch)
     gram = jax.lax.dynamic_update_index_in_dim(gram, row, slot, axis=batch + 1)
     weights = push_through_weights(gram, slot, damping, relative_damping)
-    direction = jnp.einsum(
-        f"s...{block},...s->...{block}",
-        history.astype(gram.dtype),
-        weights,
-        precision=_HIGHEST,  # the sum may cancel
+    weights = jnp.expand_dims(weights, tuple(range(batch, g.ndim)))
+    direction = sum(
+        weights[..., i] * history[i].astype(gram.dtype) for i in range(slots)
     )
     return direction.astype(g.dtype), history, gram
 

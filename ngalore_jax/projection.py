@@ -26,12 +26,9 @@ def refresh_basis(
     A matrix whose gradient is zero or not finite keeps its basis.
     """
     matrix = gradient.astype(work_dtype(gradient))
-    peak = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    # Not by the peak: a maximum over devices need not pass on one device's NaN.
-    finite = jnp.all(jnp.isfinite(matrix), axis=(-2, -1), keepdims=True)
-    usable = finite & (peak > 0)
-    # At unit size the projector's squares neither overflow nor vanish.
-    matrix = jnp.where(usable, matrix / jnp.where(usable, peak, 1), 0)
+    # A sum, since a maximum over devices need not pass on one device's NaN.
+    size = jnp.sum(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    usable = jnp.isfinite(size) & (size > 0)
     old = basis.astype(matrix.dtype)
     new = projector(matrix, old, count)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
@@ -100,22 +97,25 @@ def project_back_with_residual(
     residual: Residual,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``scale (P N + (G - P R) diag(d))``, and the rule's new energy and norm."""
-    matrix = view.to_matrix(gradient).astype(low.dtype)
-    matrix = jnp.where(finite, matrix, 0)
+    # The gradient is read in its own layout and selected where it is used: a view of it
+    # as matrices, or with zeros for what is not finite, would be written out.
+    gradient = gradient.astype(low.dtype)
+    total = view.column_sums(jnp.square(gradient))
     weights, energy, norm = residual.column_scale(
         hyperparameters,
         energy,
         norm,
         count,
-        jnp.sum(jnp.square(matrix), axis=-2),
+        jnp.where(finite[..., 0], total, 0),
         jnp.sum(jnp.square(low), axis=-2),
         view.m - view.rank,
     )
-    weights = weights[..., None, :]
     inside = project_back(
-        direction - weights * low, basis, scale, view=view, exact=True
+        direction - weights[..., None, :] * low, basis, scale, view=view, exact=True
     )
-    return inside + view.from_matrix(scale * weights * matrix), energy, norm
+    columns = view.from_columns(scale * weights)
+    usable = view.from_columns(jnp.broadcast_to(finite[..., 0], weights.shape))
+    return inside + jnp.where(usable, columns * gradient, 0), energy, norm
 
 
 def finite_or_zero(gradient: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
 AtRefresh = Literal["keep", "rotate", "reset"]
@@ -32,7 +33,16 @@ def check_at_refresh(name: str, value: str) -> None:
 
 
 def when(pred: jax.Array | bool, fn: Callable[[Any], Any], operand: Any) -> Any:
-    """``fn(operand)`` if ``pred`` else ``operand``, decided early if it can be."""
+    """``fn(operand)`` if ``pred`` else ``operand``, decided early if it can be.
+
+    ``fn`` returns what it takes. Decided late it is a loop of one turn or none: a loop
+    updates its operand in place, where the branch of a ``lax.cond`` that returns it
+    unchanged would copy all of it in every step.
+    """
     if isinstance(pred, bool):
         return fn(operand) if pred else operand
-    return jax.lax.cond(pred, fn, lambda x: x, operand)
+
+    def turn(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return jnp.zeros_like(carry[0]), fn(carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (pred, operand))[1]

@@ -95,7 +95,8 @@ def test_a_refresh_gives_each_device_layers_of_its_own(layout):
         make_mesh(*layout),
         refresh=True,
     )
-    assert factorised(program) == 7  # three layers filled up to eight, of each kernel
+    # Three layers filled up to eight, of each kernel.
+    assert factorised(program, RANK) == 7
     kinds = {kind for kind, _, _ in collectives(program)}
     assert kinds == {"all-to-all", "all-reduce"}
 

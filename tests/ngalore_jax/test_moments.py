@@ -123,14 +123,6 @@ def test_rotation_by_an_orthogonal_basis_change_keeps_a_momentum():
     )
 
 
-def test_a_bfloat16_first_moment_stays_bfloat16_through_a_rotation():
-    ours = ng.scale_by_subspace_adam(**HYPER, mu_dtype=jnp.bfloat16)
-    state = after_steps(ours)
-    chex.assert_type(jax.tree.leaves(state.mu), jnp.bfloat16)
-    _, after = ours.update(stream()[4], state, subspace_change=change(True))
-    chex.assert_trees_all_equal_dtypes(after, state)
-
-
 def test_unknown_policy_is_an_error():
     with pytest.raises(ValueError, match=r"at_refresh must be one of .*got 'turn'"):
         ng.scale_by_subspace_adam(at_refresh="turn")

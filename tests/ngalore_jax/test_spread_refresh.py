@@ -82,11 +82,11 @@ def compiled(mesh, spec, stack, **extra_args):
 
 
 def factorised(program):
-    """Sizes of the batches that LAPACK's QR is called for."""
+    """Sizes of the batches of bases that LAPACK factorises."""
     return {
         int(size)
         for size in re.findall(
-            r"\(f32\[(\d+),8,2\].*custom_call_target=\"lapack_sgeqrf", program.as_text()
+            r"\(f32\[(\d+),2,2\].*custom_call_target=\"lapack_spotrf", program.as_text()
         )
     }
 
