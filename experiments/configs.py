@@ -152,6 +152,9 @@ class TextConfig:
         return self.sequences or ("documents" if self.is_c4 else "joined")
 
 
+StorageDtype = Literal["float32", "bfloat16", "int8"]
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """How it is learnt: method, learning rates, low-rank settings.
@@ -176,6 +179,10 @@ class OptimizerConfig:
         damping: Damping of the Fisher, squared gradient norms (natural_galore).
         residual: Weight of the gradient outside the subspace. None: it is dropped, as
             published (natural_galore).
+        history_dtype: How the Fisher's gradients are stored (natural_galore).
+        moments_dtype: How Adam's moments of the projected matrices are stored (galore,
+            natural_galore).
+        basis_dtype: How the subspaces are stored (the same two).
         accumulate: Where the gradients of microbatches add up. full: as matrices.
             subspace: projected, rank times the kept side instead of the whole matrix
             (galore; natural_galore with `--residual None`).
@@ -196,6 +203,9 @@ class OptimizerConfig:
     history: int = 20
     damping: float = 1e-3
     residual: float | None = 2.0
+    history_dtype: StorageDtype = "float32"
+    moments_dtype: StorageDtype = "float32"
+    basis_dtype: StorageDtype = "float32"
     accumulate: Literal["full", "subspace"] = "full"
 
 

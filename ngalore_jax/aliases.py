@@ -64,6 +64,8 @@ def natural_galore(
     moments_at_refresh: AtRefresh = "rotate",
     relative_damping: bool = False,
     history_dtype: jax.typing.DTypeLike | None = None,
+    moments_dtype: jax.typing.DTypeLike | None = None,
+    basis_dtype: jax.typing.DTypeLike | None = None,
     side: Side = "smaller",
     clip_rank: bool = False,
     accumulation_steps: int | None = None,
@@ -108,7 +110,10 @@ def natural_galore(
       history_at_refresh: ``"rotate"``, ``"keep"`` or ``"reset"``.
       moments_at_refresh: ``"rotate"``, ``"keep"`` or ``"reset"``.
       relative_damping: Whether ``damping`` is relative to the history's mean energy.
-      history_dtype: Storage dtype of the history, None for float32.
+      history_dtype: Storage dtype of the history: None for float32, ``"bfloat16"`` or
+        ``"int8"``; see :mod:`ngalore_jax.storage`.
+      moments_dtype: Likewise of Adam's moments of projected leaves.
+      basis_dtype: Likewise of the bases.
       side: Side of each matrix that is projected.
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
       accumulation_steps: Microbatches a step, None for one; see
@@ -152,7 +157,9 @@ def natural_galore(
             at_refresh=history_at_refresh,
             history_dtype=history_dtype,
         ),
-        scale_by_subspace_adam(b1, b2, eps, at_refresh=moments_at_refresh),
+        scale_by_subspace_adam(
+            b1, b2, eps, at_refresh=moments_at_refresh, moments_dtype=moments_dtype
+        ),
     )
     return _optimizer(
         inside,
@@ -169,6 +176,7 @@ def natural_galore(
         weight_dimension_numbers=weight_dimension_numbers,
         side=side,
         clip_rank=clip_rank,
+        basis_dtype=basis_dtype,
         accumulation_steps=accumulation_steps,
     )
 
@@ -189,6 +197,8 @@ def galore(
     *,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     moments_at_refresh: AtRefresh = "rotate",
+    moments_dtype: jax.typing.DTypeLike | None = None,
+    basis_dtype: jax.typing.DTypeLike | None = None,
     side: Side = "smaller",
     clip_rank: bool = False,
     accumulation_steps: int | None = None,
@@ -220,6 +230,9 @@ def galore(
       adam_learning_rate: Learning rate of the leaves that are not projected, None for
         ``learning_rate``.
       moments_at_refresh: ``"rotate"``, ``"keep"`` (as published) or ``"reset"``.
+      moments_dtype: Storage dtype of Adam's moments of projected leaves: None for
+        float32, ``"bfloat16"`` or ``"int8"``; see :mod:`ngalore_jax.storage`.
+      basis_dtype: Likewise of the bases.
       side: Side of each matrix that is projected.
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
       accumulation_steps: Microbatches a step, None for one; see
@@ -246,7 +259,9 @@ def galore(
       Zhao et al., GaLore, 2024 (arXiv 2403.03507).
     """
     return _optimizer(
-        scale_by_subspace_adam(b1, b2, eps, at_refresh=moments_at_refresh),
+        scale_by_subspace_adam(
+            b1, b2, eps, at_refresh=moments_at_refresh, moments_dtype=moments_dtype
+        ),
         optax.scale_by_adam(b1, b2, eps),
         learning_rate,
         adam_learning_rate,
@@ -260,6 +275,7 @@ def galore(
         weight_dimension_numbers=weight_dimension_numbers,
         side=side,
         clip_rank=clip_rank,
+        basis_dtype=basis_dtype,
         accumulation_steps=accumulation_steps,
     )
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ngalore_jax import projection, sharding
+from ngalore_jax import projection, sharding, storage
 from ngalore_jax.matrices import MatrixView, work_dtype
 from ngalore_jax.projectors import Projector, first_basis
 from ngalore_jax.residual import Residual
@@ -34,13 +34,17 @@ class ProjectedLeaf:
     view: MatrixView
     projector: Projector
     residual: Residual | None
-    basis_dtype: jax.typing.DTypeLike | None
+    basis_dtype: jnp.dtype | None
 
-    def basis(self, leaf: Any) -> jax.Array:
+    def basis(self, leaf: Any) -> storage.Stored:
         """First basis: :func:`projectors.first_basis`, ``(*batch, m, r)``."""
-        dtype = work_dtype(leaf) if self.basis_dtype is None else self.basis_dtype
-        first = first_basis(self.view.m, self.view.rank, work_dtype(leaf)).astype(dtype)
-        return sharding.repeat(first, self.view.batch_shape, self._specs(leaf).basis)
+        codec = self._codec(leaf)
+        first = first_basis(self.view.m, self.view.rank, work_dtype(leaf))
+        return jax.tree.map(
+            lambda part, spec: sharding.repeat(part, self.view.batch_shape, spec),
+            codec.encode(first),
+            codec.specs(self._specs(leaf).basis),
+        )
 
     def low(self, leaf: Any) -> jax.Array:
         """Zeros like the projected gradient, ``(*batch, r, n)``."""
@@ -67,23 +71,37 @@ class ProjectedLeaf:
         return sharding.zeros(shape, work_dtype(leaf), self._specs(leaf).basis)
 
     def refresh(
-        self, gradient: jax.Array, basis: jax.Array, count: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+        self, gradient: jax.Array, basis: storage.Stored, count: jax.Array
+    ) -> tuple[storage.Stored, jax.Array]:
         """New basis and the rotation into it."""
-        spec = self._specs(gradient).basis
+        spec, codec = self._specs(gradient).basis, self._codec(gradient)
         axes = sharding.spreading_axes(self.view, gradient)
         refresh = functools.partial(projection.refresh_basis, projector=self.projector)
         spread = sharding.spread(refresh, axes, spec)
 
         def fn(
-            gradient: jax.Array, basis: jax.Array, count: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            return spread(self.view.to_matrix(gradient), basis, count)
+            gradient: jax.Array, basis: storage.Stored, count: jax.Array
+        ) -> tuple[storage.Stored, jax.Array]:
+            matrix = self.view.to_matrix(gradient)
+            old = codec.decode(basis, work_dtype(gradient))
+            new, rotation, is_new = spread(matrix, old, count)
+            # One that stays is not encoded again, which might change it.
+            stays = jnp.squeeze(~is_new, (-2, -1))
+            new = jax.tree.map(
+                lambda part, old: jnp.where(
+                    jnp.expand_dims(stays, tuple(range(stays.ndim, old.ndim))),
+                    old,
+                    part,
+                ),
+                codec.encode(new),
+                basis,
+            )
+            return new, rotation
 
-        return sharding.pinned(fn, (spec, spec))(gradient, basis, count)
+        return sharding.pinned(fn, (codec.specs(spec), spec))(gradient, basis, count)
 
     def project(
-        self, gradient: jax.Array, basis: jax.Array
+        self, gradient: jax.Array, basis: storage.Stored
     ) -> tuple[jax.Array, jax.Array]:
         """Projected gradient, and which matrices are finite ``(*batch, 1, 1)``."""
         specs, exact = self._specs(gradient), self.residual is not None
@@ -92,12 +110,13 @@ class ProjectedLeaf:
             basis = sharding.split(basis, specs.used_basis)
             return projection.project(gradient, basis, view=self.view, exact=exact)
 
+        basis = self._codec(gradient).decode(basis, work_dtype(gradient))
         return sharding.pinned(fn, (specs.low, specs.basis))(gradient, basis)
 
     def project_back(
         self,
         gradient: jax.Array,
-        basis: jax.Array,
+        basis: storage.Stored,
         low: jax.Array,
         finite: jax.Array,
         direction: jax.Array,
@@ -108,6 +127,7 @@ class ProjectedLeaf:
     ) -> tuple[jax.Array, Any, Any]:
         """Update in the leaf's shape and dtype, and the residual's new state."""
         scale = jnp.asarray(scale, low.dtype)
+        basis = self._codec(gradient).decode(basis, low.dtype)
         full = sharding.spec_of(gradient)
         if self.residual is None:
             fn = functools.partial(projection.project_back, view=self.view)
@@ -141,6 +161,10 @@ class ProjectedLeaf:
 
     def _specs(self, leaf: Any) -> sharding.LeafSpecs:
         return sharding.leaf_specs(self.view, leaf)
+
+    def _codec(self, leaf: Any) -> storage.Codec:
+        """How the basis is stored: in int8 with a scale a row."""
+        return storage.Codec(self.basis_dtype or work_dtype(leaf), axes=(-1,))
 
 
 class FullRankLeaf:

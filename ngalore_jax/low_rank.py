@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ngalore_jax import accumulation
+from ngalore_jax import accumulation, storage
 from ngalore_jax.leaves import FullRankLeaf, ProjectedLeaf
 from ngalore_jax.matrices import (
     Side,
@@ -35,7 +35,7 @@ class LowRankState(NamedTuple):
     """State of :func:`low_rank`; a leaf not projected holds ``MaskedNode()``."""
 
     count: jax.Array  # () int32
-    projector: optax.Updates  # (..., m, r) basis_dtype, orthonormal columns
+    projector: optax.Updates  # (..., m, r) as stored, orthonormal columns
     inner: optax.OptState  # of inner on leaves (..., r, n), or AccumulationState
     residual: ResidualState  # no arrays without a residual
 
@@ -95,8 +95,8 @@ def low_rank(
         ``"larger"`` (a tie: the left one, as ``optax.contrib.galore``), ``"left"``
         (the reduction side) or ``"right"`` (the output side).
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
-      basis_dtype: Storage dtype of the bases; None for float32 (float64 leaves:
-        float64).
+      basis_dtype: Storage dtype of the bases: a float dtype, ``"int8"`` with a scale a
+        row (:mod:`ngalore_jax.storage`), or None for float32 (float64 leaves: float64).
       accumulation_steps: Microbatches a step, as in ``optax.MultiSteps``; None: each
         gradient is a whole one. ``update`` takes a microbatch's gradient and returns
         zeros but for the last one's. Projected gradients add up, ``r n`` elements a
@@ -116,7 +116,8 @@ def low_rank(
     Raises:
       TypeError: If ``rank`` or ``accumulation_steps`` is not an int known when
         tracing.
-      ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``side`` is unknown,
+      ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``side`` or
+        ``basis_dtype`` is unknown,
         ``accumulation_steps`` is below 1 or comes with a residual, or, at ``init``,
         a rank exceeds a side or axes do not fit a leaf.
 
@@ -136,6 +137,7 @@ def low_rank(
       Zhao et al., GaLore, 2024 (arXiv 2403.03507), algorithm 2.
     """
     _check_arguments(rank, update_proj_gap, side, accumulation_steps, residual)
+    basis_dtype = storage.check_dtype("basis_dtype", basis_dtype)
     inner = optax.with_extra_args_support(inner)
     projector = subspace_iteration() if projector is None else projector
     if residual is not None and not isinstance(residual, Residual):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ngalore_jax import sharding
+from ngalore_jax import sharding, storage
 from ngalore_jax.matrices import work_dtype
 from ngalore_jax.subspace import AtRefresh, SubspaceChange, check_at_refresh, when
 
@@ -28,7 +28,7 @@ class NaturalGradientState(NamedTuple):
     """State of :func:`scale_by_natural_gradient`."""
 
     count: jax.Array  # () int32
-    history: optax.Updates  # (s, ..., r, n) history_dtype, a ring buffer over s
+    history: optax.Updates  # (s, ..., r, n) as stored, a ring buffer over s
     gram: optax.Updates  # (..., s, s) float32 (float64 for float64 leaves)
 
 
@@ -79,7 +79,9 @@ def scale_by_natural_gradient(
       at_refresh: What happens to the history when ``low_rank`` moves the basis:
         ``"rotate"`` carries it over (:math:`H_j \leftarrow P_{new}^\top P_{old} H_j`),
         ``"keep"`` leaves it as it is (the published code), ``"reset"`` empties it.
-      history_dtype: Storage dtype of the history; None stores it as it comes in.
+      history_dtype: Storage dtype of the history: a float dtype, ``"int8"`` with a
+        scale a column (:mod:`ngalore_jax.storage`), or None for that of the updates.
+        The Gram matrix is of the gradients as they are stored.
 
     Returns:
       A transformation. Inside :func:`ngalore_jax.low_rank` it receives the extra
@@ -88,10 +90,12 @@ def scale_by_natural_gradient(
     Raises:
       TypeError: If ``history`` is not an int (under ``optax.inject_hyperparams``
         name it in ``static_args``).
-      ValueError: If ``history`` is below 1, or a concrete ``damping`` is not positive.
+      ValueError: If ``history`` is below 1, a concrete ``damping`` is not positive, or
+        ``history_dtype`` is none of the above.
 
     Memory:
-      ``s r n + s^2`` elements a matrix.
+      ``s r n + s^2`` elements a matrix; ``s (r + 2) n`` bytes and ``s^2`` elements with
+      ``"int8"``.
 
     Example:
       >>> import jax.numpy as jnp, ngalore_jax as ng
@@ -115,11 +119,12 @@ def scale_by_natural_gradient(
             "gradients has no inverse."
         )
     check_at_refresh("at_refresh", at_refresh)
+    dtype = storage.check_dtype("history_dtype", history_dtype)
 
     def init(params: optax.Params) -> NaturalGradientState:
         return NaturalGradientState(
             jnp.zeros([], jnp.int32),
-            jax.tree.map(lambda p: _zero_history(p, history, history_dtype), params),
+            jax.tree.map(lambda p: _zero_history(p, history, dtype), params),
             jax.tree.map(lambda p: _zero_gram(p, history), params),
         )
 
@@ -144,10 +149,17 @@ def scale_by_natural_gradient(
                 (columns, grams),
             )
         slot = state.count % history
-        step = functools.partial(natural_step, relative_damping=relative_damping)
         directions = []
         for i, g in enumerate(gradients):
-            specs = tuple(map(sharding.spec_of, (g, columns[i], grams[i])))
+            codec = _codec(columns[i], g.ndim)
+            step = functools.partial(
+                natural_step, codec=codec, relative_damping=relative_damping
+            )
+            specs = (
+                sharding.spec_of(g),
+                codec.specs_of(columns[i]),
+                sharding.spec_of(grams[i]),
+            )
             direction, columns[i], grams[i] = sharding.pinned(step, specs)(
                 g, columns[i], grams[i], slot, jnp.asarray(damping, grams[i].dtype)
             )
@@ -163,13 +175,14 @@ def scale_by_natural_gradient(
 
 def natural_step(
     g: jax.Array,
-    history: jax.Array,
+    history: storage.Stored,
     gram: jax.Array,
     slot: jax.Array,
     damping: jax.Array,
     *,
+    codec: storage.Codec,
     relative_damping: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, storage.Stored, jax.Array]:
     """Records ``g`` in ``slot`` and solves for its natural gradient.
 
     Shapes:
@@ -178,25 +191,35 @@ def natural_step(
     Returns:
       ``F^{-1} g`` in the dtype of ``g``, and the new history and Gram matrix.
     """
-    batch = _batch_axes(g)
-    slots = history.shape[0]
-    history = jax.lax.dynamic_update_index_in_dim(
-        history, g.astype(history.dtype), slot, axis=0
+    batch, slots = _batch_axes(g), gram.shape[-1]
+    stored = codec.encode(g.astype(gram.dtype))
+    history = jax.tree.map(
+        lambda all_slots, one: jax.lax.dynamic_update_index_in_dim(
+            all_slots, one, slot, axis=0
+        ),
+        history,
+        stored,
     )
-    current = jax.lax.dynamic_index_in_dim(history, slot, axis=0)
     # K_ij = <H_j, g>, with g as it is stored so that K stays the Gram matrix of H. Sums
     # of products, not dot_general: limited by memory, exact in float32 everywhere, and
     # without the transposed copy of the history that a batch in its middle would cost.
-    products = history.astype(gram.dtype) * current.astype(gram.dtype)
-    row = jnp.moveaxis(
-        jnp.sum(products, axis=tuple(range(batch + 1, history.ndim))), 0, -1
+    products = (
+        codec.decode(history, gram.dtype) * codec.decode(stored, gram.dtype)[None]
     )
+    row = jnp.sum(products, axis=tuple(range(batch + 1, g.ndim + 1)))
+    row = jnp.moveaxis(row, 0, -1)
     gram = jax.lax.dynamic_update_index_in_dim(gram, row, slot, axis=batch)
     gram = jax.lax.dynamic_update_index_in_dim(gram, row, slot, axis=batch + 1)
     weights = push_through_weights(gram, slot, damping, relative_damping)
     weights = jnp.expand_dims(weights, tuple(range(batch, g.ndim)))
-    direction = sum(
-        weights[..., i] * history[i].astype(gram.dtype) for i in range(slots)
+    # Slot by slot, so that nothing is decoded but what is being added.
+    columns = [jax.tree.map(lambda x, i=i: x[i], history) for i in range(slots)]
+    direction = functools.reduce(
+        jnp.add,
+        (
+            weights[..., i] * codec.decode(column, gram.dtype)
+            for i, column in enumerate(columns)
+        ),
     )
     return direction.astype(g.dtype), history, gram
 
@@ -228,37 +251,44 @@ def push_through_weights(
 
 
 def rotate_history(
-    history: jax.Array, gram: jax.Array, rotation: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    history: storage.Stored,
+    gram: jax.Array,
+    rotation: jax.Array,
+    *,
+    codec: storage.Codec,
+) -> tuple[storage.Stored, jax.Array]:
     """Columns in the new basis, ``H_j <- Q H_j``, and their Gram matrix."""
     rotated = jnp.einsum(
         "...qr,s...rn->s...qn",
         rotation,
-        history.astype(rotation.dtype),
+        codec.decode(history, rotation.dtype),
         precision=_HIGHEST,
-    ).astype(history.dtype)
-    exact = rotated.astype(gram.dtype)
+    )
+    history = codec.encode(rotated)
+    exact = codec.decode(history, gram.dtype)
     gram = jnp.einsum("s...rn,t...rn->...st", exact, exact, precision=_HIGHEST)
-    return rotated, gram
+    return history, gram
 
 
 def _carry_over(
-    columns: list[jax.Array],
+    columns: list[storage.Stored],
     grams: list[jax.Array],
     *,
     rotations: list[jax.Array | None],
     reset: bool,
-) -> tuple[list[jax.Array], list[jax.Array]]:
+) -> tuple[list[storage.Stored], list[jax.Array]]:
     """History and Gram of every projected leaf after the subspace has moved."""
     columns, grams = list(columns), list(grams)
     for i, rotation in enumerate(rotations):
         if rotation is None:
             continue
         if reset:
-            columns[i], grams[i] = jnp.zeros_like(columns[i]), jnp.zeros_like(grams[i])
+            columns[i], grams[i] = jax.tree.map(jnp.zeros_like, (columns[i], grams[i]))
             continue
-        specs = (sharding.spec_of(columns[i]), sharding.spec_of(grams[i]))
-        columns[i], grams[i] = sharding.pinned(rotate_history, specs)(
+        codec = _codec(columns[i], rotation.ndim)
+        rotate = functools.partial(rotate_history, codec=codec)
+        specs = (codec.specs_of(columns[i]), sharding.spec_of(grams[i]))
+        columns[i], grams[i] = sharding.pinned(rotate, specs)(
             columns[i], grams[i], rotation
         )
     return columns, grams
@@ -268,18 +298,19 @@ def _batch_axes(leaf: Any) -> int:
     return max(len(leaf.shape) - 2, 0)
 
 
-def _zero_history(
-    leaf: Any, history: int, dtype: jax.typing.DTypeLike | None
-) -> jax.Array:
+def _codec(history: storage.Stored, ndim: int) -> storage.Codec:
+    """How the history of a leaf of ``ndim`` dimensions is stored."""
+    dtype = storage.main_part(history).dtype
+    return storage.Codec(dtype, axes=storage.block_axes(ndim))
+
+
+def _zero_history(leaf: Any, history: int, dtype: jnp.dtype | None) -> storage.Stored:
     # Slots first: that is the order in which TPUs want to write one of them, and a
     # branch around the step, as a training loop's check for NaN, would have the whole
     # buffer copied into it and back.
-    spec = sharding.spec_of(leaf)
-    return sharding.zeros(
-        (history, *leaf.shape),
-        leaf.dtype if dtype is None else dtype,
-        sharding.Spec(None, *spec),
-    )
+    codec = storage.Codec(dtype, axes=storage.block_axes(len(leaf.shape)))
+    spec = sharding.Spec(None, *sharding.spec_of(leaf))
+    return codec.zeros((history, *leaf.shape), leaf.dtype, spec)
 
 
 def _zero_gram(leaf: Any, history: int) -> jax.Array:

@@ -20,21 +20,22 @@ def refresh_basis(
     count: jax.Array,
     *,
     projector: Projector,
-) -> tuple[jax.Array, jax.Array]:
-    """New basis from matrices, and the rotation ``P_new^T P_old`` ``(..., r, r)``.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A new basis from matrices, in the work dtype like the old one.
 
-    A matrix whose gradient is zero or not finite keeps its basis.
+    Returns:
+      The basis, the rotation ``P_new^T P_old`` ``(..., r, r)``, and whether the basis
+      is new, ``(..., 1, 1)``: a matrix whose gradient is zero or not finite keeps it.
     """
     matrix = gradient.astype(work_dtype(gradient))
     # A sum, since a maximum over devices need not pass on one device's NaN.
     size = jnp.sum(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
     usable = jnp.isfinite(size) & (size > 0)
-    old = basis.astype(matrix.dtype)
-    new = projector(matrix, old, count)
+    new = projector(matrix, basis, count)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
-    new = jnp.where(usable, new, old)
-    rotation = jnp.einsum("...mr,...mq->...rq", new, old, precision=_HIGHEST)
-    return new.astype(basis.dtype), rotation
+    new = jnp.where(usable, new, basis)
+    rotation = jnp.einsum("...mr,...mq->...rq", new, basis, precision=_HIGHEST)
+    return new, rotation, usable
 
 
 def project(
@@ -55,7 +56,7 @@ def project(
     matrix = view.to_matrix(gradient).astype(work_dtype(gradient))
     low = jnp.einsum(
         "...mr,...mn->...rn",
-        basis.astype(matrix.dtype),
+        basis,
         matrix,
         precision=_HIGHEST if exact else None,
     )
@@ -74,7 +75,7 @@ def project_back(
     """``scale P N`` in the leaf's shape and the direction's dtype."""
     matrix = jnp.einsum(
         "...mr,...rn->...mn",
-        basis.astype(direction.dtype),
+        basis,
         scale * direction,
         precision=_HIGHEST if exact else None,
     )

@@ -93,8 +93,8 @@ def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
         batch_ones = (1,) * (basis.ndim - 2)
         fresh = jax.random.normal(key, (m, r), basis.dtype).reshape(*batch_ones, m, r)
         first = first_basis(m, r, basis.dtype).reshape(*batch_ones, m, r)
-        # Within the rounding of a bfloat16 store; zeros are exact.
-        is_first = jnp.abs(basis - first) <= 2**-8 * jnp.abs(first)
+        # Within the rounding of a bfloat16 or int8 store; zeros are exact.
+        is_first = jnp.abs(basis - first) <= 2**-6 * jnp.abs(first)
         cold = jnp.all(is_first, axis=(-2, -1), keepdims=True)
         basis = jnp.where(cold, fresh, basis + _EXPLORATION / math.sqrt(m) * fresh)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import ngalore_jax as ng
-from experiments.configs import OptimizerConfig
+from experiments.configs import OptimizerConfig, StorageDtype
 
 # A matrix is the last two axes; an axis in front of them counts layers.
 _MUON_AXES = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -131,6 +131,11 @@ def per_layer(
     return optax.GradientTransformation(init, update)
 
 
+def _stored(dtype: StorageDtype) -> str | None:
+    """The library's name of a storage dtype; None is its float32, rounded nowhere."""
+    return None if dtype == "float32" else dtype
+
+
 def _adamw(
     config: OptimizerConfig, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
@@ -155,6 +160,8 @@ def _galore(
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,
+        moments_dtype=_stored(config.moments_dtype),
+        basis_dtype=_stored(config.basis_dtype),
         accumulation_steps=accumulation_steps,
     )
 
@@ -175,6 +182,9 @@ def _natural_galore(
         b2=config.b2,
         weight_decay=config.weight_decay,
         residual=config.residual,
+        history_dtype=_stored(config.history_dtype),
+        moments_dtype=_stored(config.moments_dtype),
+        basis_dtype=_stored(config.basis_dtype),
         accumulation_steps=accumulation_steps,
     )
 

@@ -127,6 +127,7 @@ def test_scan_equals_a_loop(name):
 STEP_SIZE = dict.fromkeys(NAMES, -LEARNING_RATE) | {
     "galore": 1.0,
     "natural_galore": 1.0,
+    "natural_galore(int8)": 1.0,
     "natural_galore(PAPER)": 8.0,
 }
 
@@ -174,8 +175,9 @@ def test_float64_under_x64(name):
         weights = jax.tree.map(lambda x: x.astype(jnp.float64), params())
         tx = make(name)
         update = jax.eval_shape(tx.update, weights, tx.init(weights), weights)
-        dtypes = {leaf.dtype for leaf in jax.tree.leaves(update)}
-    assert dtypes == {jnp.dtype(jnp.int32), jnp.dtype(jnp.float64)}
+        dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(update)}
+    stored = {"int8", "uint8", "bfloat16"} if "int8" in name else set()
+    assert dtypes == {"int32", "float64"} | stored
 
 
 def test_float64_is_computed_in_float64():
@@ -190,7 +192,8 @@ def test_float64_is_computed_in_float64():
     np.testing.assert_allclose(gram, np.stack([np.eye(2)] * 2), atol=1e-13)
 
 
-@every_transform
+# Not what is rounded at random: a stack has other random numbers than its layers.
+@pytest.mark.parametrize("name", [name for name in NAMES if "int8" not in name])
 def test_stacked_leaves_equal_their_layers(name):
     tx, weights = make(name), params()
     split = lambda tree: {  # noqa: E731

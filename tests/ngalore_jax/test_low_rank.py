@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import ngalore_jax as ng
+from ngalore_jax import storage
 from ngalore_jax.projectors import first_basis
 from tests.ngalore_jax import reference
 
@@ -280,6 +281,45 @@ def test_scale_multiplies_the_update_only(residual):
     half, same = run(ng.low_rank(adam(), 2, 2, 0.5, residual=residual), stream)
     chex.assert_trees_all_close(one, jax.tree.map(lambda x: 2 * x, half), rtol=1e-5)
     chex.assert_trees_all_close(states, same, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_small_basis_is_the_one_that_projects(dtype):
+    stream = [np.float32(g) for g in np.random.default_rng(9).normal(size=(5, 6, 9))]
+    tx = ng.low_rank(optax.identity(), 3, 2, basis_dtype=dtype)
+    updates, states = run(tx, stream)
+    codec = storage.Codec(jnp.dtype(dtype), axes=(-1,))
+    for t, (g, u) in enumerate(zip(stream, updates)):
+        basis = codec.decode(states[t].projector, jnp.float32)
+        chex.assert_trees_all_close(u, basis @ (basis.T @ g), atol=1e-5)
+        gram = np.asarray(basis.T @ basis)
+        assert 1e-4 < np.max(np.abs(gram - np.eye(3))) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_small_basis_is_found_as_well_as_a_large_one(dtype):
+    """The first refresh still knows that it is the first, and iterates more."""
+    g = np.float32(np.random.default_rng(3).normal(size=(12, 20)))
+    u, s, v = np.linalg.svd(g)
+    g = np.float32(u[:, :12] * 2.0 ** -np.arange(12) @ v[:12])
+    tx = ng.low_rank(optax.identity(), 3, 5, basis_dtype=dtype)
+    update, _ = tx.update(g, tx.init(g))
+    best = np.sum(4.0 ** -np.arange(3))
+    assert np.sum(np.square(update)) > 0.97 * best
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+def test_a_basis_that_is_kept_is_kept_bit_for_bit(dtype):
+    stack = np.random.default_rng(4).normal(size=(2, 6, 9)).astype(np.float32)
+    tx = ng.low_rank(optax.identity(), 3, 1, basis_dtype=dtype)
+    _, first = tx.update(stack, tx.init(stack))
+    stack[0] = 0
+    _, second = tx.update(stack, first)
+    for old, new in zip(
+        jax.tree.leaves(first.projector), jax.tree.leaves(second.projector)
+    ):
+        assert np.array_equal(old[0], new[0])
+        assert not np.array_equal(old[1], new[1])
 
 
 def test_static_programs_equal_the_conditional_one():

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import ngalore_jax as ng
+from ngalore_jax import storage
 from tests.ngalore_jax import reference
 
 SHAPES = [(9, 4), (4, 9), (6, 6), (1, 7), (7, 1)]
@@ -167,17 +168,23 @@ def test_vectors_scalars_and_matrices_each_have_their_own_fisher():
             assert relative_error(u[name], natural(np.asarray(g))) < 1e-4
 
 
-def test_bfloat16_history_is_a_fisher_of_rounded_gradients():
-    stream = reference.gradients(12, 9, 4, 6)
-    tx = ng.scale_by_natural_gradient(3, 1.0, history_dtype=jnp.bfloat16)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("shape", [(4, 6), (2, 4, 6), (5,)])
+def test_a_small_history_is_a_fisher_of_rounded_gradients(dtype, shape):
+    stream = reference.gradients(12, 9, *shape)
+    tx = ng.scale_by_natural_gradient(3, 1.0, history_dtype=dtype)
     out, state = run(tx, stream)
-    assert state.history.dtype == jnp.bfloat16
+    assert storage.main_part(state.history).dtype == dtype
     assert state.gram.dtype == jnp.float32
-    natural = reference.Natural(3, 1.0)
+    codec = storage.Codec(jnp.dtype(dtype), axes=storage.block_axes(len(shape)))
+    matrices = shape[0] if len(shape) == 3 else 1
+    naturals = [reference.Natural(3, 1.0) for _ in range(matrices)]
     for g, u in zip(stream, out):
         assert u.dtype == jnp.float32
-        rounded = np.asarray(jnp.asarray(g, jnp.bfloat16), np.float64)
-        assert relative_error(u, natural(rounded)) < 1e-4
+        rounded = codec.decode(codec.encode(jnp.float32(g)), jnp.float32)
+        one_each = np.asarray(rounded, np.float64).reshape(matrices, *shape[-2:])
+        for natural, x, y in zip(naturals, one_each, u.reshape(one_each.shape)):
+            assert relative_error(y, natural(x)) < 1e-4
 
 
 def test_bfloat16_updates_keep_their_dtype_and_a_float32_gram():
@@ -258,14 +265,15 @@ def test_history_stays_where_nothing_moved(policy):
     chex.assert_trees_all_close(state, kept_state, rtol=1e-5)
 
 
-def test_rotation_of_a_bfloat16_history_keeps_the_gram_of_what_is_stored():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_rotation_of_a_small_history_keeps_the_gram_of_what_is_stored(dtype):
     stream = reference.gradients(17, 3, 2, 5)
-    tx = ng.scale_by_natural_gradient(3, 0.1, history_dtype=jnp.bfloat16)
+    tx = ng.scale_by_natural_gradient(3, 0.1, history_dtype=dtype)
     _, state = run(tx, stream)
     change = ng.SubspaceChange(True, jnp.asarray(ROTATION))
     _, state = tx.update(jnp.float32(stream[0]), state, subspace_change=change)
-    assert state.history.dtype == jnp.bfloat16
-    flat = np.asarray(state.history, np.float64).reshape(3, -1)
+    stored = storage.Codec(jnp.dtype(dtype)).decode(state.history, jnp.float32)
+    flat = np.asarray(stored, np.float64).reshape(3, -1)
     chex.assert_trees_all_close(state.gram, np.float32(flat @ flat.T), rtol=1e-5)
 
 
@@ -279,6 +287,7 @@ def test_rotation_of_a_bfloat16_history_keeps_the_gram_of_what_is_stored():
         (dict(damping=-1e-3), ValueError, "damping must be positive"),
         (dict(damping=float("nan")), ValueError, "damping must be positive"),
         (dict(at_refresh="turn"), ValueError, "rotate.*got 'turn'"),
+        (dict(history_dtype="int4"), ValueError, "history_dtype must be .*'int8'"),
     ],
 )
 def test_wrong_arguments_say_what_is_needed(arguments, error, match):

@@ -247,6 +247,30 @@ def test_bfloat16_leaves():
         )
 
 
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_int8_state(kind):
+    """Integers with the documented shardings, and the numbers of one device."""
+    small = dict.fromkeys(("history_dtype", "moments_dtype", "basis_dtype"), "int8")
+    tx = natural_galore(**small)
+    expected, _ = train(tx, jnp.asarray)
+    layout, mesh = LAYOUTS["stack, kept side"], make_mesh("x", kind)
+    sharding = NamedSharding(mesh, layout.spec)
+    with jax.set_mesh(mesh):
+        updates, states = train(tx, lambda x: jax.device_put(x, sharding))
+    assert types(states[-1]) == types(states[0])
+    if kind == AxisType.Explicit:
+        integers, scales = (
+            [x for x in jax.tree.leaves(states[-1]) if x.dtype in dtypes]
+            for dtypes in (("int8", "uint8"), ("bfloat16",))
+        )
+        assert len(integers) == len(scales) == 4
+        split = [jax.typeof(x).sharding.spec[-1] for x in (*integers, *scales)]
+        # All but the basis, whose rows are whole on every device.
+        assert split.count("x") == 6 and split.count(None) == 2
+    for update, target in zip(updates, expected, strict=True):
+        np.testing.assert_allclose(update, target, rtol=1e-4, atol=1e-6)
+
+
 def test_natural_gradient_outside_low_rank():
     """History and Gram follow the leaf, whichever of its axes are sharded."""
     tx = ng.scale_by_natural_gradient(HISTORY)

@@ -46,6 +46,18 @@ TRANSFORMS: dict[str, tuple[Factory, dict[str, Any]]] = {
         ng.natural_galore,
         dict(learning_rate=LEARNING_RATE, rank=2, update_proj_gap=GAP, history=3),
     ),
+    "natural_galore(int8)": (
+        ng.natural_galore,
+        dict(
+            learning_rate=LEARNING_RATE,
+            rank=2,
+            update_proj_gap=GAP,
+            history=3,
+            history_dtype="int8",
+            moments_dtype="int8",
+            basis_dtype="int8",
+        ),
+    ),
     "natural_galore(PAPER)": (
         ng.natural_galore,
         {
