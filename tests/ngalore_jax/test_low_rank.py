@@ -300,7 +300,7 @@ def test_a_small_basis_is_the_one_that_projects(dtype):
 def test_a_small_basis_is_found_as_well_as_a_large_one(dtype):
     """The first refresh still knows that it is the first, and iterates more."""
     g = np.float32(np.random.default_rng(3).normal(size=(12, 20)))
-    u, s, v = np.linalg.svd(g)
+    u, _, v = np.linalg.svd(g)
     g = np.float32(u[:, :12] * 2.0 ** -np.arange(12) @ v[:12])
     tx = ng.low_rank(optax.identity(), 3, 5, basis_dtype=dtype)
     update, _ = tx.update(g, tx.init(g))

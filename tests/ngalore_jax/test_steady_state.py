@@ -18,7 +18,7 @@ import ngalore_jax as ng
 RANK, HISTORY, GAP = 4, 6, 5
 SHAPES = {"w": (16, 24), "layers": (3, 24, 16)}
 
-# Of a gradient or a basis; the natural gradient's own Cholesky is of (HISTORY, HISTORY).
+# Of a gradient or a basis; the natural gradient's own Cholesky is HISTORY wide.
 FACTORISATIONS = {"qr", "geqrf", "householder_product", "svd", "eigh", "eig", "lu"}
 
 
