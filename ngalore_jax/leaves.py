@@ -85,18 +85,15 @@ class ProjectedLeaf:
             matrix = self.view.to_matrix(gradient)
             old = codec.decode(basis, work_dtype(gradient))
             new, rotation, is_new = spread(matrix, old, count)
-            # One that stays is not encoded again, which might change it.
-            stays = jnp.squeeze(~is_new, (-2, -1))
-            new = jax.tree.map(
-                lambda part, old: jnp.where(
-                    jnp.expand_dims(stays, tuple(range(stays.ndim, old.ndim))),
-                    old,
-                    part,
-                ),
-                codec.encode(new),
-                basis,
-            )
-            return new, rotation
+            stored = codec.encode(new)
+            if isinstance(stored, storage.Int8) and isinstance(basis, storage.Int8):
+                # One that stays is not encoded again, which might change it.
+                stays = ~is_new[..., 0]
+                stored = storage.Int8(
+                    jnp.where(stays[..., None], basis.values, stored.values),
+                    jnp.where(stays, basis.scale, stored.scale),
+                )
+            return stored, rotation
 
         return sharding.pinned(fn, (codec.specs(spec), spec))(gradient, basis, count)
 

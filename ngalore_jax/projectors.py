@@ -184,20 +184,20 @@ def orthonormal(x: jax.Array) -> jax.Array:
     r = x.shape[-1]
     identity = jnp.eye(r, dtype=x.dtype).reshape((1,) * (x.ndim - 2) + (r, r))
     shift = 10 * r * jnp.finfo(x.dtype).eps
-    for turn in range(3):
+
+    def turn(i: jax.Array, x: jax.Array) -> jax.Array:
         gram = jnp.einsum("...mr,...mq->...rq", x, x, precision=_HIGHEST)
-        if turn == 0:
-            largest = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)
-            gram += shift * largest[..., None, None] * identity
-        factor = jnp.linalg.cholesky(gram)
+        largest = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)
+        sigma = jnp.where(i == 0, shift, 0) * largest[..., None, None]
         inverse = jax.lax.linalg.triangular_solve(
-            factor,
+            jnp.linalg.cholesky(gram + sigma * identity),
             jnp.broadcast_to(identity, gram.shape),
             left_side=True,
             lower=True,
         )
-        x = jnp.einsum("...mr,...qr->...mq", x, inverse, precision=_HIGHEST)
-    return x
+        return jnp.einsum("...mr,...qr->...mq", x, inverse, precision=_HIGHEST)
+
+    return jax.lax.fori_loop(0, 3, turn, x)  # a loop is compiled once
 
 
 def _unit(matrix: jax.Array) -> jax.Array:
