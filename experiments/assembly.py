@@ -57,6 +57,13 @@ def mesh_of(
     )
 
 
+def refreshes_of(config: PretrainConfig) -> tuple[bool | None, ...]:
+    """Returns every `refresh` that gives a program of its own of the step."""
+    if config.optimization.optimizer in ("galore", "natural_galore"):
+        return (False, True)
+    return (None,)
+
+
 def step_of(
     config: PretrainConfig,
     parts: Parts,

@@ -1,0 +1,152 @@
+"""Who is compared: our optimizers and their peers, by name.
+
+All go through `experiments.training.optimizer`, which gives them the same leaves and
+learning rates, except those that are no dependency of this project.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import optax
+
+from experiments.assembly import refreshes_of
+from experiments.bench.config import Bench, PeerName
+from experiments.configs import OptimizerName, PresetName, PretrainConfig
+from experiments.training.optimizer import build_optimizer
+
+_STEPS = 100_000  # of the schedule; its end is never reached
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """An optimizer of JAX that takes part.
+
+    Attributes:
+        name: What the tables call it.
+        make: Makes the transformation.
+        rank: Rank of its subspaces, None if it has none.
+        history: Gradients in its Fisher, 0 if it has none.
+        gap: Steps between refreshes, None if it has none.
+        programs: What training compiles: `refresh` of each program, a single None
+            where the count decides inside.
+        first_refresh: Count at whose multiples it refreshes, less the gap: 0, or -1
+            where the count is raised before it is looked at.
+        run: Settings of a training run with it, None of a peer that training cannot
+            choose.
+    """
+
+    name: PeerName
+    make: Callable[[], optax.GradientTransformationExtraArgs]
+    rank: int | None = None
+    history: int = 0
+    gap: int | None = None
+    programs: tuple[bool | None, ...] = (None,)
+    first_refresh: int = 0
+    run: PretrainConfig | None = None
+
+    @property
+    def two_programs(self) -> bool:
+        """Whether a refresh is a program of its own."""
+        return len(self.programs) > 1
+
+
+class NotInstalledError(ValueError):
+    """A peer that is no dependency of this project is not here."""
+
+
+_METHODS: dict[PeerName, OptimizerName] = {
+    "adamw": "adamw",
+    "optax_galore": "optax_galore",
+    "muon": "muon",
+    "galore": "galore",
+    "natural_galore": "natural_galore",
+    "natural_galore_same_rank": "natural_galore",
+}
+TRAINABLE = tuple(_METHODS)
+"""Those that a training run can choose."""
+_REFRESHING = ("galore", "natural_galore", "optax_galore")
+
+
+def galore_rank(bench: Bench, preset: PresetName) -> int:
+    """Returns the rank at which the GaLores run."""
+    return bench.run(preset, "galore", bench.config.rank).optimization.rank
+
+
+def natural_rank(bench: Bench, preset: PresetName) -> int:
+    """Returns the rank of natural_galore: a sixteenth of the hidden size."""
+    hidden = bench.run(preset, "natural_galore").model.hidden_size
+    return bench.config.natural_rank or max(1, hidden // 16)
+
+
+def peer_of(bench: Bench, name: PeerName, preset: PresetName) -> Peer:
+    """Returns an optimizer with the settings of a preset.
+
+    Raises:
+        NotInstalledError: It is not here.
+        ValueError: It is none of JAX.
+    """
+    if name == "eleuther_galore":
+        return _eleuther_galore(bench, preset)
+    if name not in _METHODS:
+        raise ValueError(f"{name} is no optimizer of JAX.")
+    natural = name == "natural_galore"
+    rank = natural_rank(bench, preset) if natural else galore_rank(bench, preset)
+    return peer_of_run(name, bench.run(preset, _METHODS[name], rank))
+
+
+def peer_of_run(name: PeerName, run: PretrainConfig) -> Peer:
+    """Returns the optimizer of a training run under a name of the bench."""
+    config = run.optimization
+    refreshes = config.optimizer in _REFRESHING
+
+    def make() -> optax.GradientTransformationExtraArgs:
+        optimizer = build_optimizer(
+            config, learning_rate=run.learning_rate, steps=_STEPS
+        )
+        return optax.with_extra_args_support(optimizer)
+
+    return Peer(
+        name,
+        make,
+        rank=config.rank if refreshes else None,
+        history=config.history if config.optimizer == "natural_galore" else 0,
+        gap=config.update_proj_gap if refreshes else None,
+        programs=refreshes_of(run),
+        run=run,
+    )
+
+
+def is_installed(name: PeerName) -> bool:
+    """Whether an optimizer is here."""
+    modules = {"eleuther_galore": ("optax_galore",), "torch_galore": _TORCH}
+    return all(map(importlib.util.find_spec, modules.get(name, ())))
+
+
+_TORCH = ("torch", "galore_torch")
+WHERE = {
+    "eleuther_galore": "it is on no package index: clone github.com/EleutherAI/"
+    "optax-galore and put the folder on PYTHONPATH",
+    "torch_galore": "`uv run --with galore-torch ...`",
+}
+
+
+def check_installed(name: PeerName) -> None:
+    """Raises NotInstalledError, which says how to install it, unless it is here."""
+    if not is_installed(name):
+        raise NotInstalledError(f"not installed: {WHERE[name]}.")
+
+
+def _eleuther_galore(bench: Bench, preset: PresetName) -> Peer:
+    check_installed("eleuther_galore")
+    module = importlib.import_module("optax_galore.optax_galore")
+    run = bench.run(preset, "galore", galore_rank(bench, preset))
+    rank, gap = run.optimization.rank, run.optimization.update_proj_gap
+
+    def make() -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(
+            module.galore(run.learning_rate, rank=rank, subspace_change_freq=gap)
+        )
+
+    return Peer("eleuther_galore", make, rank=rank, gap=gap, first_refresh=-1)
