@@ -54,9 +54,8 @@ class BenchConfig:
         preset: Model whose hidden matrices are updated.
         rank: Rank of the GaLores. None: the preset's.
         natural_rank: Rank of natural_galore. None: a sixteenth of the hidden size.
-        repeats: Rounds in which every optimizer is timed once; at most three where a
-            call takes seconds, which a refresh or a training step of a published size
-            does.
+        repeats: Rounds in which every optimizer is timed once; at most three for
+            refreshes, training steps of a published size and whatever takes seconds.
         dtypes: Formats of parameters and gradients.
         layouts: list: a leaf a layer. stacked: one for all layers.
         optimizers: Who takes part. The last two only where they are installed:
@@ -102,11 +101,11 @@ class BenchConfig:
         "torch_galore",
     )
     layers: tuple[int, ...] = (8, 16, 32, 64)
-    list_layers: tuple[int, ...] = (2, 4, 8)
-    growth_layers: tuple[int, ...] = (8, 16, 32, 64)
+    list_layers: tuple[int, ...] = (2, 8)
+    growth_layers: tuple[int, ...] = (8, 24, 64)
     growth_ranks: tuple[int, ...] = (32, 64, 128, 256, 512)
     growth_histories: tuple[int, ...] = (1, 4, 16, 64)
-    energy_steps: int = 201
+    energy_steps: int = 151
     batch_size: int | None = None
     seed: int = 0
     bench_dir: Path = Path("runs") / "bench"

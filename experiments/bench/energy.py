@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 
 import ngalore_jax as ng
@@ -66,8 +67,11 @@ class Follower:
             name: ng.low_rank(optax.identity(), rank=rank, projector=projector)
             for name, projector in _PROJECTORS.items()
         }
+        # Committed to a device, as training's gradients are: one program serves all.
+        device = SingleDeviceSharding(jax.devices()[0])
         self._states = {
-            name: jax.jit(tx.init)(shapes) for name, tx in self._transforms.items()
+            name: jax.jit(tx.init, out_shardings=device)(shapes)
+            for name, tx in self._transforms.items()
         }
         self._refresh = jax.jit(self._refreshed)
 

@@ -181,7 +181,7 @@ def _targets(verdicts: Sequence[Verdict]) -> Sheet:
         [
             verdict.what,
             verdict.limit,
-            "" if verdict.value is None else f"{verdict.value:.3f}",
+            "" if verdict.value is None else f"{verdict.value:.4f}",
             verdict.where,
             verdict.word,
         ]

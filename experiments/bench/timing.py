@@ -17,13 +17,17 @@ Candidate = Callable[[int], None]
 # A sample of calls that are over sooner is of several of them.
 _LEAST_SECONDS = 0.02
 _MOST_CALLS = 100
+# One whose call takes longer than this takes part in the first rounds only.
+_SLOW_SECONDS = 1.0
+_ROUNDS_OF_SLOW = 3
 
 
 class Timings(NamedTuple):
     """Seconds a call of each candidate, and why others have none.
 
     Attributes:
-        seconds: By candidate: one a round, in the order of the rounds.
+        seconds: By candidate: one for each round that it took part in, which are the
+            first ones, in their order.
         errors: By candidate that failed: the reason.
     """
 
@@ -31,10 +35,14 @@ class Timings(NamedTuple):
     errors: dict[str, str]
 
     def ratios(self, name: str, reference: str) -> list[float] | None:
-        """A candidate's seconds over the reference's, round by round; None without."""
+        """A candidate's seconds over the reference's, in the rounds that have both.
+
+        None where one of them has failed.
+        """
         if name not in self.seconds or reference not in self.seconds:
             return None
-        pairs = zip(self.seconds[name], self.seconds[reference], strict=True)
+        # Round i is element i of each; a slow one has the first rounds only.
+        pairs = zip(self.seconds[name], self.seconds[reference], strict=False)
         return [mine / other for mine, other in pairs]
 
 
@@ -48,7 +56,8 @@ def interleaved(
     """Times candidates that are compiled and ready.
 
     Each is called once to warm up and to see how long it takes, then in `repeats`
-    rounds. One that raises is left out from there on.
+    rounds, in the first three of them where a call takes more than a second. One that
+    raises is left out from there on.
 
     Args:
         candidates: By name.
@@ -74,12 +83,16 @@ def interleaved(
             return 0.0
         return (clock() - started) / calls
 
-    calls: dict[str, int] = {}
-    for name in candidates:
-        calls[name] = _calls_a_sample(sample(name, 1))
+    warm = {name: sample(name, 1) for name in candidates}
+    calls = {name: _calls_a_sample(taken) for name, taken in warm.items()}
     order = random.Random(seed)
-    for _ in range(repeats):
-        for name in _shuffled(list(seconds), order):
+    for number in range(repeats):
+        names = [
+            name
+            for name in seconds
+            if warm[name] <= _SLOW_SECONDS or number < _ROUNDS_OF_SLOW
+        ]
+        for name in _shuffled(names, order):
             time_of_call = sample(name, calls[name])
             if name in seconds:
                 seconds[name].append(time_of_call)

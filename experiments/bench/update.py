@@ -28,6 +28,7 @@ from experiments.models.llama_config import Dtype
 
 REFERENCE: PeerName = "optax_galore"
 _ONE_PROGRAM = "one_program"
+_SAME_RANK = "natural_galore_same_rank"
 
 
 def tasks(bench: Bench, rates: Rates) -> list[Task]:
@@ -90,6 +91,8 @@ class Case:
         self, name: PeerName, gradients: Any, params: Any
     ) -> Updates | TorchUpdates | None:
         """An optimizer that has chosen its first bases; None if not for this case."""
+        if name == _SAME_RANK and not self._is_first_dtype:
+            return None
         if name == "torch_galore":
             check_installed(name)
             if (self.layout, self.dtype) != ("list", "float32"):
@@ -131,10 +134,14 @@ class Case:
                 candidates[f"{name} {_ONE_PROGRAM}"] = one
         return candidates
 
+    @property
+    def _is_first_dtype(self) -> bool:
+        """Whether what need not be known in every dtype is measured here."""
+        return self.dtype == self.bench.config.dtypes[0]
+
     def _in_one_program(self, peer: Peer) -> bool:
-        """Whether it is timed as one program besides; once is enough, they compile."""
-        once = self.dtype == self.bench.config.dtypes[0]
-        return peer.two_programs and once and peer.name != "natural_galore_same_rank"
+        """Whether it is timed as one program too: once, for that is slow to compile."""
+        return peer.two_programs and self._is_first_dtype and peer.name != _SAME_RANK
 
     def _rows(
         self, part: Part, ready: Mapping[str, Updates | TorchUpdates], timings: Timings

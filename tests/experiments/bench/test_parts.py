@@ -223,8 +223,10 @@ def test_captured_energy_is_that_of_the_exact_basis():
         }
     }
     follower = Follower(3, gradients)
+    gradients = jax.device_put(gradients, jax.devices()[0])  # committed, as training's
     for _ in range(2):
         captured = follower(gradients)
+    assert follower._refresh._cache_size() == 1
     one, three = captured["1 iteration"], captured["3 iterations"]
     assert one.shape == (3,)
     assert np.all(one <= 1 + 1e-5) and np.all(one > 0.5)

@@ -32,9 +32,9 @@ class Machine:
 def test_ratios_are_of_a_round_whatever_the_machine_does():
     machine = Machine()
     candidates = {
-        "slow": machine.candidate("slow", 3.0),
-        "fast": machine.candidate("fast", 1.0),
-        "other": machine.candidate("other", 2.0),
+        "slow": machine.candidate("slow", 0.3),
+        "fast": machine.candidate("fast", 0.1),
+        "other": machine.candidate("other", 0.2),
     }
     timings = interleaved(candidates, repeats=40, clock=machine.clock)
     assert not timings.errors
@@ -56,6 +56,19 @@ def test_ratios_are_of_a_round_whatever_the_machine_does():
     assert len(rounds) == 6
 
 
+def test_one_that_takes_seconds_is_in_the_first_rounds_only():
+    machine = Machine()
+    candidates = {
+        "slow": machine.candidate("slow", 8.0),
+        "fast": machine.candidate("fast", 0.5),
+    }
+    timings = interleaved(candidates, repeats=6, clock=machine.clock)
+    assert [len(timings.seconds[name]) for name in candidates] == [3, 6]
+    ratios = timings.ratios("slow", "fast")
+    assert ratios == pytest.approx([16] * 3, rel=0.03)
+    assert timings.ratios("fast", "slow") == pytest.approx([1 / 16] * 3, rel=0.03)
+
+
 def test_short_calls_are_timed_several_at_a_time():
     machine = Machine()
     quick = machine.candidate("quick", 0.001)
@@ -72,9 +85,9 @@ def test_short_calls_are_timed_several_at_a_time():
 def test_one_that_fails_is_told_and_the_rest_goes_on(fails_at):
     machine = Machine()
     candidates = {
-        "bad": machine.candidate("bad", 1.0, fails_at=fails_at),
-        "good": machine.candidate("good", 1.0),
-        "better": machine.candidate("better", 0.5),
+        "bad": machine.candidate("bad", 0.1, fails_at=fails_at),
+        "good": machine.candidate("good", 0.1),
+        "better": machine.candidate("better", 0.05),
     }
     timings = interleaved(candidates, repeats=5, clock=machine.clock)
     assert timings.errors == {"bad": "RuntimeError: bad broke"}
