@@ -58,10 +58,13 @@ def mesh_of(
 
 
 def refreshes_of(config: PretrainConfig) -> tuple[bool | None, ...]:
-    """Returns every `refresh` that gives a program of its own of the step."""
-    if config.optimization.optimizer in ("galore", "natural_galore"):
-        return (False, True)
-    return (None,)
+    """Returns the `refresh` of each program that the step can be taken apart into.
+
+    False and True: steady step and refresh. None alone: the optimizer has no refresh
+    that it can be told of, or adds up microbatches, when its own count decides.
+    """
+    told = config.optimization.optimizer in ("galore", "natural_galore")
+    return (False, True) if told and config.accumulation_steps is None else (None,)
 
 
 def step_of(

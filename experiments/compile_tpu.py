@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from experiments.assembly import refreshes_of
 from experiments.compiled.program import (
     ENVIRONMENT,
     on_topology,
@@ -29,7 +30,6 @@ from experiments.configs import OptimizerName, PresetName
 from experiments.presets import parse
 
 _COMPARED: tuple[OptimizerName, ...] = ("adamw", "optax_galore")
-_HAS_REFRESH = ("galore", "natural_galore")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +126,7 @@ def _programs(config: CompileConfig, extra: Sequence[str]) -> list[Program]:
     programs = []
     for optimizer in optimizers:
         run = on_topology(parse(_pretrain_args(config, optimizer, extra)), chips)
-        # Where the optimizer adds up microbatches, its own count decides on a refresh.
-        by_count = optimizer not in _HAS_REFRESH or run.accumulation_steps is not None
-        for refresh in (None,) if by_count else (None, False, True):
+        for refresh in dict.fromkeys((None, *refreshes_of(run))):
             programs.append(Program(optimizer, refresh))
     return programs
 

@@ -120,7 +120,7 @@ def _update_stored(
     count = jnp.asarray(optax.safe_increment(state.count))
     directions = []
     for i, g in enumerate(gradients):
-        first, second = _codecs(mu[i], nu[i])
+        first, second = _codecs(mu[i], nu[i], g.ndim)
         step = functools.partial(adam_step, first=first, second=second, salt=2 * i)
         spec = sharding.spec_of(g)
         specs = (spec, first.specs(spec), second.specs(spec))
@@ -195,7 +195,7 @@ def _rotate(
     mu, nu = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
     for i, q in enumerate(treedef.flatten_up_to(rotation)):
         if q is not None:
-            first, second = _codecs(mu[i], nu[i])
+            first, second = _codecs(mu[i], nu[i], q.ndim)
             rotate = functools.partial(rotate_moments, first=first, second=second)
             specs = (first.specs_of(mu[i]), second.specs_of(nu[i]))
             mu[i], nu[i] = sharding.pinned(rotate, specs)(mu[i], nu[i], q)
@@ -212,10 +212,10 @@ def _reset(
 
 
 def _codecs(
-    mu: storage.Stored, nu: storage.Stored
+    mu: storage.Stored, nu: storage.Stored, ndim: int
 ) -> tuple[storage.Codec, storage.Codec]:
     """Codecs that made the moments of a leaf."""
-    return storage.Codec.of(mu, _FIRST), storage.Codec.of(nu, _SECOND)
+    return storage.Codec.of(mu, ndim, _FIRST), storage.Codec.of(nu, ndim, _SECOND)
 
 
 def _check_moments_dtype(

@@ -151,7 +151,7 @@ def scale_by_natural_gradient(
         slot = state.count % history
         directions = []
         for i, g in enumerate(gradients):
-            codec = _codec(columns[i], g.ndim)
+            codec = storage.Codec.of(columns[i], g.ndim)
             step = functools.partial(
                 natural_step, codec=codec, relative_damping=relative_damping
             )
@@ -285,7 +285,7 @@ def _carry_over(
         if reset:
             columns[i], grams[i] = jax.tree.map(jnp.zeros_like, (columns[i], grams[i]))
             continue
-        codec = _codec(columns[i], rotation.ndim)
+        codec = storage.Codec.of(columns[i], rotation.ndim)
         rotate = functools.partial(rotate_history, codec=codec)
         specs = (codec.specs_of(columns[i]), sharding.spec_of(grams[i]))
         columns[i], grams[i] = sharding.pinned(rotate, specs)(
@@ -296,12 +296,6 @@ def _carry_over(
 
 def _batch_axes(leaf: Any) -> int:
     return max(len(leaf.shape) - 2, 0)
-
-
-def _codec(history: storage.Stored, ndim: int) -> storage.Codec:
-    """How the history of a leaf of ``ndim`` dimensions is stored."""
-    dtype = storage.main_part(history).dtype
-    return storage.Codec(dtype, axes=storage.block_axes(ndim))
 
 
 def _zero_history(leaf: Any, history: int, dtype: jnp.dtype | None) -> storage.Stored:

@@ -115,10 +115,10 @@ class Codec:
     axes: tuple[int, ...] = (-2,)
 
     @classmethod
-    def of(cls, stored: Stored, curve: Curve) -> "Codec":
-        """The codec that made what is stored of a leaf."""
+    def of(cls, stored: Stored, ndim: int, curve: Curve = Curve.LINEAR) -> "Codec":
+        """The codec that made what is stored of a leaf of ``ndim`` dimensions."""
         dtype = _INT8 if isinstance(stored, Int8) else stored.dtype
-        return cls(dtype, curve, block_axes(main_part(stored).ndim))
+        return cls(dtype, curve, block_axes(ndim))
 
     def zeros(self, shape: tuple[int, ...], dtype: Any, spec: sharding.Spec) -> Stored:
         """What encoding zeros of this shape, dtype and sharding gives."""

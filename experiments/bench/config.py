@@ -5,7 +5,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import tyro
@@ -74,32 +74,14 @@ class BenchConfig:
         bench_dir: Folder of the results.
     """
 
-    parts: tuple[Part, ...] = (
-        "update",
-        "refresh",
-        "step",
-        "compile",
-        "state",
-        "memory",
-        "energy",
-        "growth",
-    )
+    parts: tuple[Part, ...] = get_args(Part)
     preset: PresetName = "llama_60m"
     rank: int | None = None
     natural_rank: int | None = None
     repeats: int = 11
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     layouts: tuple[Layout, ...] = ("list", "stacked")
-    optimizers: tuple[PeerName, ...] = (
-        "adamw",
-        "optax_galore",
-        "muon",
-        "galore",
-        "natural_galore",
-        "natural_galore_same_rank",
-        "eleuther_galore",
-        "torch_galore",
-    )
+    optimizers: tuple[PeerName, ...] = get_args(PeerName)
     layers: tuple[int, ...] = (8, 16, 32, 64)
     list_layers: tuple[int, ...] = (2, 8)
     growth_layers: tuple[int, ...] = (8, 24, 64)

@@ -7,7 +7,6 @@ to an exact SVD. The figure is `|P^T G|^2 / |P_svd^T G|^2` for each matrix.
 
 import functools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -130,7 +129,7 @@ def _refresh_gradients(
     def gradients_of(params: optax.Params, batch: Batch) -> Matrices:
         return _hidden_matrices(jax.grad(parts.loss_fn, has_aux=True)(params, batch)[0])
 
-    folder = Path(bench.config.bench_dir) / "energy"
+    folder = bench.config.bench_dir / "energy"
     folder.mkdir(parents=True, exist_ok=True)
     text = load_run_text(run, RunFolder(folder), Share(), console)
     try:

@@ -1,4 +1,8 @@
-"""Part memory: what a training step takes of the device, compiled but not run."""
+"""Part memory: what a training step takes of the device, compiled but not run.
+
+Where the optimizer refreshes subspaces, of the steady step and the refresh apart;
+training runs both in one program.
+"""
 
 import functools
 

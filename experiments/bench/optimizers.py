@@ -29,8 +29,9 @@ class Peer:
         rank: Rank of its subspaces, None if it has none.
         history: Gradients in its Fisher, 0 if it has none.
         gap: Steps between refreshes, None if it has none.
-        programs: What training compiles: `refresh` of each program, a single None
-            where the count decides inside.
+        programs: `refresh` of each program that is measured: steady and refresh where
+            it can be told of a refresh, else a single None. (Training runs the one that
+            decides by the count.)
         first_refresh: Count at whose multiples it refreshes, less the gap: 0, or -1
             where the count is raised before it is looked at.
         run: Settings of a training run with it, None of a peer that training cannot
@@ -67,6 +68,15 @@ _METHODS: dict[PeerName, OptimizerName] = {
 TRAINABLE = tuple(_METHODS)
 """Those that a training run can choose."""
 _REFRESHING = ("galore", "natural_galore", "optax_galore")
+_MODULES = {
+    "eleuther_galore": ("optax_galore",),
+    "torch_galore": ("torch", "galore_torch"),
+}
+_WHERE = {
+    "eleuther_galore": "it is on no package index: clone github.com/EleutherAI/"
+    "optax-galore and put the folder on PYTHONPATH",
+    "torch_galore": "`uv run --with galore-torch ...`",
+}
 
 
 def galore_rank(bench: Bench, preset: PresetName) -> int:
@@ -120,22 +130,13 @@ def peer_of_run(name: PeerName, run: PretrainConfig) -> Peer:
 
 def is_installed(name: PeerName) -> bool:
     """Whether an optimizer is here."""
-    modules = {"eleuther_galore": ("optax_galore",), "torch_galore": _TORCH}
-    return all(map(importlib.util.find_spec, modules.get(name, ())))
-
-
-_TORCH = ("torch", "galore_torch")
-WHERE = {
-    "eleuther_galore": "it is on no package index: clone github.com/EleutherAI/"
-    "optax-galore and put the folder on PYTHONPATH",
-    "torch_galore": "`uv run --with galore-torch ...`",
-}
+    return all(map(importlib.util.find_spec, _MODULES.get(name, ())))
 
 
 def check_installed(name: PeerName) -> None:
     """Raises NotInstalledError, which says how to install it, unless it is here."""
     if not is_installed(name):
-        raise NotInstalledError(f"not installed: {WHERE[name]}.")
+        raise NotInstalledError(f"not installed: {_WHERE[name]}.")
 
 
 def _eleuther_galore(bench: Bench, preset: PresetName) -> Peer:

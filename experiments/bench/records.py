@@ -1,9 +1,12 @@
 """What a measurement leaves behind, and what does one."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
+from experiments.bench.config import Bench, Part
 from experiments.bench.quartiles import Quartiles
+from experiments.configs import PresetName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,20 @@ class Task:
     name: str
     run: Callable[[], Sequence[Row]]
     subject: str = "all"
+
+
+def tasks_by_preset(
+    bench: Bench,
+    part: Part,
+    measure: Callable[[Bench, PresetName], Sequence[Row]],
+) -> list[Task]:
+    """Returns the work of a part that looks at the demo and at the preset."""
+    if part not in bench.config.parts:
+        return []
+    return [
+        Task(part, f"{part}: {preset}", functools.partial(measure, bench, preset))
+        for preset in dict.fromkeys(("demo", bench.config.preset))
+    ]
 
 
 def reason(error: Exception) -> str:

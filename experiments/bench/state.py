@@ -4,7 +4,6 @@ Of the hidden matrices alone, and of the whole model, whose embeddings and outpu
 have Adam's two moments in every row.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from experiments.assembly import parts_of
 from experiments.bench.config import Bench
 from experiments.bench.optimizers import Peer, peer_of
 from experiments.bench.programs import compile_update
-from experiments.bench.records import Row, Task, reason
+from experiments.bench.records import Row, Task, reason, tasks_by_preset
 from experiments.bench.shapes import matrices
 from experiments.configs import PresetName
 
@@ -24,12 +23,7 @@ _COUNT_BYTES = 4
 
 def tasks(bench: Bench) -> list[Task]:
     """Returns the work of the part: the demo, and the preset."""
-    if "state" not in bench.config.parts:
-        return []
-    return [
-        Task("state", f"state: {preset}", functools.partial(measure, bench, preset))
-        for preset in dict.fromkeys(("demo", bench.config.preset))
-    ]
+    return tasks_by_preset(bench, "state", measure)
 
 
 def measure(bench: Bench, preset: PresetName) -> list[Row]:

@@ -39,10 +39,16 @@ class Timings(NamedTuple):
 
         None where one of them has failed.
         """
-        if name not in self.seconds or reference not in self.seconds:
+        if name not in self.seconds:
+            return None
+        return self.ratios_of(self.seconds[name], reference)
+
+    def ratios_of(self, seconds: Sequence[float], reference: str) -> list[float] | None:
+        """The same of seconds that were reckoned from a candidate's, a round each."""
+        if reference not in self.seconds:
             return None
         # Round i is element i of each; a slow one has the first rounds only.
-        pairs = zip(self.seconds[name], self.seconds[reference], strict=False)
+        pairs = zip(seconds, self.seconds[reference], strict=False)
         return [mine / other for mine, other in pairs]
 
 

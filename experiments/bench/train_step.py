@@ -11,7 +11,7 @@ import optax
 from experiments.assembly import Parts, parts_of, step_of
 from experiments.bench.config import Bench, PeerName
 from experiments.bench.optimizers import TRAINABLE, Peer, peer_of
-from experiments.bench.records import Row, Task, reason, timed_figures
+from experiments.bench.records import Row, Task, reason, tasks_by_preset, timed_figures
 from experiments.bench.timing import Candidate, Timings, interleaved
 from experiments.configs import PresetName, PretrainConfig
 from experiments.training.state import create_state
@@ -23,12 +23,7 @@ GAP = 200
 
 def tasks(bench: Bench) -> list[Task]:
     """Returns the work of the part: the demo, and the preset."""
-    if "step" not in bench.config.parts:
-        return []
-    return [
-        Task("step", f"step: {preset}", functools.partial(measure, bench, preset))
-        for preset in dict.fromkeys(("demo", bench.config.preset))
-    ]
+    return tasks_by_preset(bench, "step", measure)
 
 
 class Steps:
@@ -125,11 +120,7 @@ def _row(
         samples["refresh"] = refresh.seconds[name]
         figures |= timed_figures("refresh", samples["refresh"], None)
         spread = amortised(samples["steady"], samples["refresh"])
-    reference = steady.seconds.get(REFERENCE)
-    ratios = None
-    if reference is not None:
-        ratios = [mine / other for mine, other in zip(spread, reference, strict=False)]
-    figures |= timed_figures("amortised", spread, ratios)
+    figures |= timed_figures("amortised", spread, steady.ratios_of(spread, REFERENCE))
     return Row("step", preset, name, figures=figures, samples=samples)
 
 

@@ -100,14 +100,13 @@ class Case:
             preset = self.bench.config.preset
             run = self.bench.run(preset, "galore", galore_rank(self.bench, preset))
             settings = run.optimization
-            torch_updates = TorchUpdates(
+            return TorchUpdates(
                 gradients,
                 rank=settings.rank,
                 gap=settings.update_proj_gap,
                 scale=settings.scale,
                 rate=run.learning_rate,
             )
-            return torch_updates
         peer = peer_of(self.bench, name, self.bench.config.preset)
         updates = Updates(peer, gradients, params)
         for refresh in peer.programs:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import ngalore_jax as ng
-from ngalore_jax.projectors import first_basis
+from ngalore_jax.projectors import first_basis, orthonormal
 from tests.ngalore_jax import reference
 
 M, N, R = 12, 16, 3
@@ -185,6 +185,16 @@ def test_rank_deficient_gradients_still_give_orthonormal_columns(name):
         basis = refresh(g, basis, count(step))
         assert_orthonormal(basis)
         assert reference.captured_energy(basis, g) > 1 - 1e-5
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+def test_orthonormal_is_the_q_of_qr_with_a_positive_diagonal(condition):
+    x = with_spectrum(np.geomspace(1, 1 / condition, 8), n=8)
+    q = jax.jit(orthonormal)(x)
+    assert_orthonormal(q)
+    expected, triangle = np.linalg.qr(x.astype(np.float64))
+    expected *= np.sign(np.diagonal(triangle))
+    chex.assert_trees_all_close(q, np.float32(expected), atol=1e-5 + 1e-7 * condition)
 
 
 @pytest.mark.parametrize("name", PROJECTORS)

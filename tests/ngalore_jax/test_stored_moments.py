@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ngalore_jax as ng
-from ngalore_jax.storage import Codec, Curve, Int8
+from ngalore_jax.storage import Codec, Curve, Int8, main_part
 from tests.collectives import collectives
 
 HYPER = dict(b1=0.8, b2=0.95, eps=1e-6)
@@ -56,7 +56,7 @@ def decoded(state):
 
     def decode(tree, curve):
         return jax.tree.map(
-            lambda x: Codec.of(x, curve).decode(x, jnp.float32),
+            lambda x: Codec.of(x, main_part(x).ndim, curve).decode(x, jnp.float32),
             tree,
             is_leaf=lambda x: isinstance(x, Int8),
         )
