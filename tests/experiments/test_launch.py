@@ -12,6 +12,7 @@ import tyro
 import yaml
 
 from experiments import compile_tpu, kill_test, mesh_test, presets, study
+from experiments.bench import config as bench_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
@@ -45,6 +46,8 @@ def parse(module, args):
             presets.parse(args)
         case "compile_tpu":
             compile_tpu.parse_args(args)
+        case "bench":
+            bench_config.parse_args(args)
         case "kill_test":
             tyro.cli(kill_test.KillTestConfig, args=args)
         case "mesh_test":
