@@ -44,6 +44,7 @@ class CompileConfig:
         model: Preset of experiments.pretrain.
         topology: Version and shape: v5e:8x8, v6e:4x4, v4:2x2x4, v5p:4x4x4 ...
         optimizer: Optimizer whose steady and refresh steps are compiled.
+        update_only: Compile the optimizer's share of the step alone, its gradient given.
         compare: Compile adamw and optax_galore as well.
         time_limit: Seconds after which a compilation is given up.
         json: File to write all figures to.
@@ -53,6 +54,7 @@ class CompileConfig:
     model: PresetName = "llama_60m"
     topology: str = "v5e:4x4"
     optimizer: OptimizerName = "natural_galore"
+    update_only: bool = False
     compare: bool = False
     time_limit: float = 600.0
     json: Path | None = None
@@ -145,6 +147,7 @@ def _compile(
         "args": _pretrain_args(config, program.optimizer, extra),
         "topology": config.topology,
         "refresh": program.refresh,
+        "update_only": config.update_only,
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "costs.json"

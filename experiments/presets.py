@@ -15,9 +15,10 @@ from experiments.configs import (
 )
 from experiments.models.llama import PRESETS as MODELS
 
-# Rank and steps. Published: 60M, 130M, 350M, 1B (arXiv 2403.03507, table 2) and 7B
-# (its table 3); the ranks between are about a quarter of the hidden size.
+# GaLore's rank, and steps. Published: 60M, 130M, 350M, 1B (arXiv 2403.03507, table 2)
+# and 7B (its table 3); the ranks between are about a quarter of the hidden size.
 _RANK_AND_STEPS: dict[str, tuple[int, int]] = {
+    "demo": (32, 400),
     "llama_9m": (32, 10_000),
     "llama_20m": (64, 10_000),
     "llama_35m": (96, 10_000),
@@ -35,18 +36,13 @@ _RANK_AND_STEPS: dict[str, tuple[int, int]] = {
 
 
 def demo(optimizer: OptimizerName = "natural_galore") -> PretrainConfig:
-    """``python -m experiments.pretrain``: minutes on two CPU cores, no download.
-
-    A quarter of the hidden size is the rank of GaLore's published runs. With the
-    gradient outside the subspace put back, a sixteenth serves Natural GaLore.
-    """
-    rank = 8 if optimizer == "natural_galore" else 32
+    """``python -m experiments.pretrain``: minutes on two CPU cores, no download."""
     return PretrainConfig(
         preset="demo",
         model=MODELS["demo"],
         text=TextConfig(sequence_length=128, validation_tokens=32_768),
         optimization=OptimizerConfig(
-            optimizer=optimizer, rank=rank, update_proj_gap=50
+            optimizer=optimizer, rank=_rank("demo", optimizer), update_proj_gap=50
         ),
         run=RunConfig(steps=400, batch_size=16, eval_every=50, checkpoint_every=100),
     )
@@ -60,16 +56,27 @@ def llama(
     Meant for an accelerator and C4 with a given tokenizer; the defaults train on
     what this machine has.
     """
-    rank, steps = _RANK_AND_STEPS[name]
+    _, steps = _RANK_AND_STEPS[name]
     return PretrainConfig(
         preset=name,
         model=MODELS[name],
         text=TextConfig(sequence_length=256),
         optimization=OptimizerConfig(
-            optimizer=optimizer, rank=rank, update_proj_gap=200
+            optimizer=optimizer, rank=_rank(name, optimizer), update_proj_gap=200
         ),
         run=RunConfig(steps=steps, batch_size=512),
     )
+
+
+def _rank(name: PresetName, optimizer: OptimizerName) -> int:
+    """GaLore's published rank, or the one that serves Natural GaLore.
+
+    With the gradient outside the subspace put back, a sixteenth of the hidden size is
+    enough.
+    """
+    if optimizer == "natural_galore":
+        return MODELS[name].hidden_size // 16
+    return _RANK_AND_STEPS[name][0]
 
 
 def preset(

@@ -97,8 +97,10 @@ def main(args: Sequence[str] | None = None) -> int:
         task = progress.add_task("runs", total=total)
 
         def run_all(runs: list[Run]) -> dict[Run, Curve]:
+            # Here, one after the other: tyro's parser is not for threads.
+            commands = {run: _command(config, run, extra) for run in runs}
             with ThreadPoolExecutor(config.workers) as pool:
-                jobs = {run: pool.submit(_train, config, run, extra) for run in runs}
+                jobs = {run: pool.submit(_train, *commands[run]) for run in runs}
                 curves = {}
                 for run, job in jobs.items():
                     curves[run] = job.result()
@@ -136,8 +138,14 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(config: StudyConfig, run: Run, extra: Sequence[str]) -> Curve:
-    """Evaluations of a run, which is made unless it is there already."""
+def _command(
+    config: StudyConfig, run: Run, extra: Sequence[str]
+) -> tuple[RunFolder, list[str]]:
+    """Folder of a run and the arguments that make it.
+
+    Raises:
+        ValueError: The folder holds a run with other settings.
+    """
     folder = RunFolder(config.folder / run.name)
     arguments = ["--preset", config.preset, "--optimizer", run.method]
     arguments += ["--learning-rate", str(run.learning_rate), "--seed", str(run.seed)]
@@ -152,8 +160,13 @@ def _train(config: StudyConfig, run: Run, extra: Sequence[str]) -> Curve:
             )
         # A run that did not end is made again: it may lack a checkpoint.
         arguments.append("--overwrite")
+    return folder, arguments
+
+
+def _train(folder: RunFolder, arguments: Sequence[str]) -> Curve:
+    """Evaluations of a run, which is made unless it is there already."""
     if not folder.report.exists():
-        _pretrain(run.name, arguments)
+        _pretrain(folder.path.name, arguments)
     rows = read_metrics(folder.metrics)
     return [row for row in rows if "validation_loss" in row]
 

@@ -1,5 +1,6 @@
 """Ready optimizers: which leaves are projected, what runs there, and the step size."""
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -289,6 +290,7 @@ def _optimizer(
     mask: Any | Callable[[optax.Params], Any] | None,
     *,
     weight_dimension_numbers: WeightDimensionNumbers | None,
+    scale: jax.typing.ArrayLike,
     accumulation_steps: int | None,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
@@ -301,33 +303,61 @@ def _optimizer(
             ["full_rank" if spec is None else "low_rank" for spec in specs]
         )
 
+    rates = {
+        "low_rank": learning_rate,
+        "full_rank": learning_rate if adam_learning_rate is None else adam_learning_rate,
+    }
     projected = low_rank(
         inside,
+        # The step size too: on ``r n`` numbers, not on ``m n``.
+        scale=_product(-1, scale, rates["low_rank"]),
         weight_dimension_numbers=weight_dimension_numbers,
         accumulation_steps=accumulation_steps,
         **settings,
     )
     # As in low_rank: a NaN or an Inf in a leaf's gradient makes it a zero gradient.
     guard = optax.stateless(lambda updates, _: jax.tree.map(finite_or_zero, updates))
-    step_size = optax.scale_by_learning_rate(learning_rate)
-    if adam_learning_rate is not None:
-        adam_step_size = optax.scale_by_learning_rate(adam_learning_rate)
-        step_size = optax.partition(
-            {"low_rank": step_size, "full_rank": adam_step_size}, labels
-        )
-    step = optax.chain(optax.add_decayed_weights(weight_decay, mask), step_size)
+    full_rank = optax.chain(
+        full_rank, optax.scale_by_learning_rate(rates["full_rank"])
+    )
     if accumulation_steps is not None:
         full_rank = accumulate(full_rank, accumulation_steps)
+    optimizer = optax.partition(
+        {"low_rank": projected, "full_rank": optax.chain(guard, full_rank)}, labels
+    )
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optimizer  # parameters need not be read
+
+    def decaying(label: str) -> Callable[[optax.Params], Any]:
+        def choose(params: optax.Params) -> Any:
+            decays = True if mask is None else mask(params) if callable(mask) else mask
+            return jax.tree.map(
+                lambda one, decays: decays and one == label,
+                labels(params),
+                jax.tree.broadcast(decays, params),
+            )
+
+        return choose
+
+    decay = optax.chain(
+        *(
+            optax.add_decayed_weights(_product(-1, rate, weight_decay), decaying(label))
+            for label, rate in rates.items()
+        )
+    )
+    if accumulation_steps is not None:
         last = accumulation_steps - 1
 
         def is_last(step: Any, **extra_args: Any) -> jax.Array:
             del extra_args
             return step % accumulation_steps == last
 
-        step = optax.conditionally_mask(step, is_last)
-    return optax.chain(
-        optax.partition(
-            {"low_rank": projected, "full_rank": optax.chain(guard, full_rank)}, labels
-        ),
-        step,
-    )
+        decay = optax.conditionally_mask(decay, is_last)
+    return optax.chain(optimizer, decay)
+
+
+def _product(*factors: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    """The product of numbers and schedules, a schedule if one of them is."""
+    if not any(map(callable, factors)):
+        return math.prod(factors)
+    return lambda count: math.prod(f(count) if callable(f) else f for f in factors)

@@ -6,6 +6,7 @@ maths is in :mod:`ngalore_jax.projection`; here it meets shapes and shardings.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,13 +103,11 @@ class ProjectedLeaf:
     ) -> tuple[jax.Array, jax.Array]:
         """Projected gradient, and which matrices are finite ``(*batch, 1, 1)``."""
         specs, exact = self._specs(gradient), self.residual is not None
-
-        def fn(gradient: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
-            basis = sharding.split(basis, specs.used_basis)
-            return projection.project(gradient, basis, view=self.view, exact=exact)
-
+        fn = functools.partial(projection.project, view=self.view, exact=exact)
         basis = self._codec(gradient).decode(basis, work_dtype(gradient))
-        return sharding.pinned(fn, (specs.low, specs.basis))(gradient, basis)
+        return sharding.pinned(_multiply(fn, specs), (specs.low, specs.basis))(
+            gradient, basis
+        )
 
     def project_back(
         self,
@@ -125,23 +124,24 @@ class ProjectedLeaf:
         """Update in the leaf's shape and dtype, and the residual's new state."""
         scale = jnp.asarray(scale, low.dtype)
         basis = self._codec(gradient).decode(basis, low.dtype)
-        full = sharding.spec_of(gradient)
+        full, specs = sharding.spec_of(gradient), self._specs(gradient)
         if self.residual is None:
             fn = functools.partial(projection.project_back, view=self.view)
-            update = sharding.pinned(fn, full)(direction, basis, scale)
+            update = sharding.pinned(_multiply(fn, specs), full)(
+                direction, basis, scale
+            )
         else:
             fn = functools.partial(
                 projection.project_back_with_residual,
                 view=self.view,
                 residual=self.residual,
             )
-            specs = self._specs(gradient)
             # As operands: what is pinned must not close over a traced number.
             numbers = tuple(
                 jnp.asarray(x, low.dtype) for x in self.residual.hyperparameters
             )
             update, energy, norm = sharding.pinned(
-                fn, (full, specs.columns, specs.batch)
+                _multiply(fn, specs), (full, specs.columns, specs.batch)
             )(
                 direction,
                 basis,
@@ -162,6 +162,15 @@ class ProjectedLeaf:
     def _codec(self, leaf: Any) -> storage.Codec:
         """How the basis is stored: in int8 with a scale a row."""
         return storage.Codec(self.basis_dtype or work_dtype(leaf), axes=(-1,))
+
+
+def _multiply(fn: Callable[..., Any], specs: sharding.LeafSpecs) -> Callable[..., Any]:
+    """``fn(x, basis, ...)``, where each device has the basis' rows that it needs."""
+
+    def run(x: jax.Array, basis: jax.Array, *rest: Any) -> Any:
+        return fn(x, sharding.split(basis, specs.used_basis), *rest)
+
+    return run
 
 
 class FullRankLeaf:

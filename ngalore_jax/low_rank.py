@@ -44,7 +44,7 @@ def low_rank(
     inner: optax.GradientTransformation,
     rank: int = 128,
     update_proj_gap: int = 200,
-    scale: jax.typing.ArrayLike = 1.0,
+    scale: optax.ScalarOrSchedule = 1.0,
     *,
     projector: Projector | None = None,
     residual: Residual | float | None = None,
@@ -81,7 +81,8 @@ def low_rank(
         (:class:`ngalore_jax.SubspaceChange`), which optax's own ignore.
       rank: Directions kept, ``r``.
       update_proj_gap: Steps between refreshes, ``T``, as in ``optax.contrib.galore``.
-      scale: :math:`\alpha`, a factor on the update of projected leaves.
+      scale: :math:`\alpha`, a factor on the update of projected leaves: a number or an
+        optax schedule.
       projector: One of :func:`ngalore_jax.subspace_iteration` (None means this),
         :func:`~ngalore_jax.svd`, :func:`~ngalore_jax.eigh`,
         :func:`~ngalore_jax.gaussian`, or a function like them.
@@ -216,6 +217,7 @@ def low_rank(
             directions, inner_state = inner.update(
                 tree(lows), state.inner, subspace_change=change, **extra_args
             )
+        factor = scale(count // (accumulation_steps or 1)) if callable(scale) else scale
         stages = zip(
             gradients,
             bases,
@@ -228,7 +230,7 @@ def low_rank(
         out, energy, norm = _transpose(
             3,
             [
-                h.project_back(*stage, count=count, scale=scale)
+                h.project_back(*stage, count=count, scale=factor)
                 for h, stage in zip(how, stages)
             ],
         )

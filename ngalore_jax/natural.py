@@ -193,13 +193,7 @@ def natural_step(
     """
     batch, slots = _batch_axes(g), gram.shape[-1]
     stored = codec.encode(g.astype(gram.dtype))
-    history = jax.tree.map(
-        lambda all_slots, one: jax.lax.dynamic_update_index_in_dim(
-            all_slots, one, slot, axis=0
-        ),
-        history,
-        stored,
-    )
+    history = _write(history, stored, slot)
     # K_ij = <H_j, g>, with g as it is stored so that K stays the Gram matrix of H. Sums
     # of products, not dot_general: limited by memory, exact in float32 everywhere, and
     # without the transposed copy of the history that a batch in its middle would cost.
@@ -256,18 +250,44 @@ def rotate_history(
     rotation: jax.Array,
     *,
     codec: storage.Codec,
+    along: int = -2,
 ) -> tuple[storage.Stored, jax.Array]:
-    """Columns in the new basis, ``H_j <- Q H_j``, and their Gram matrix."""
-    rotated = jnp.einsum(
-        "...qr,s...rn->s...qn",
-        rotation,
-        codec.decode(history, rotation.dtype),
-        precision=_HIGHEST,
+    """Columns in the new basis, ``H_j <- Q H_j``, and their Gram matrix.
+
+    In place and piece by piece, so that there is never a second history: column after
+    column, then slice after slice of axis ``along``, one that no mesh splits.
+    """
+
+    def rotate(slot: jax.Array, history: storage.Stored) -> storage.Stored:
+        column = codec.decode(_read(history, slot), rotation.dtype)
+        rotated = jnp.einsum("...qr,...rn->...qn", rotation, column, precision=_HIGHEST)
+        return _write(history, codec.encode(rotated), slot)
+
+    history = jax.lax.fori_loop(0, gram.shape[-1], rotate, history)
+    size = storage.main_part(history).shape[along]
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        x = codec.decode(codec.slice(history, i, along), gram.dtype)
+        x = jnp.squeeze(x, along)
+        return total + jnp.einsum("s...k,t...k->...st", x, x, precision=_HIGHEST)
+
+    return history, jax.lax.fori_loop(0, size, add, jnp.zeros_like(gram))
+
+
+def _read(history: storage.Stored, slot: jax.Array) -> storage.Stored:
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, slot, axis=0, keepdims=False), history
     )
-    history = codec.encode(rotated)
-    exact = codec.decode(history, gram.dtype)
-    gram = jnp.einsum("s...rn,t...rn->...st", exact, exact, precision=_HIGHEST)
-    return history, gram
+
+
+def _write(
+    history: storage.Stored, column: storage.Stored, slot: jax.Array
+) -> storage.Stored:
+    return jax.tree.map(
+        lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, slot, axis=0),
+        history,
+        column,
+    )
 
 
 def _carry_over(
@@ -286,8 +306,11 @@ def _carry_over(
             columns[i], grams[i] = jax.tree.map(jnp.zeros_like, (columns[i], grams[i]))
             continue
         codec = storage.Codec.of(columns[i], rotation.ndim)
-        rotate = functools.partial(rotate_history, codec=codec)
-        specs = (codec.specs_of(columns[i]), sharding.spec_of(grams[i]))
+        spec = sharding.spec_of(storage.main_part(columns[i]))
+        rotate = functools.partial(
+            rotate_history, codec=codec, along=-2 if spec[-2] is None else -1
+        )
+        specs = (codec.specs(spec), sharding.spec_of(grams[i]))
         columns[i], grams[i] = sharding.pinned(rotate, specs)(
             columns[i], grams[i], rotation
         )

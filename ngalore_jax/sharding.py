@@ -5,7 +5,9 @@ how it is sharded. The library's state follows the parameters: a basis
 ``(..., m, r)`` keeps the parameter's batch sharding and is replicated over the
 matrix axes, anything ``(..., r, n)`` also keeps the sharding of ``n``. So with the
 side ``n`` sharded (FSDP on the side that is not projected), projection, Adam, the
-natural gradient and the projection back run on local shards.
+natural gradient and the projection back run on local shards. Where ``m`` is sharded
+instead, as when ``n`` does not divide, ``r`` is sharded like it, if it divides: the
+state is as small, and a step sends ``2 r n`` numbers a matrix.
 
 The matrix maths itself runs with automatic axes, its outputs pinned to those
 types: factorisations are not defined on explicitly sharded operands. A refresh moves
@@ -51,11 +53,13 @@ def leaf_specs(view: MatrixView, leaf: Any) -> LeafSpecs:
         major, *minor = [spec[axis] for axis in axes]
         return major if all(axis is None for axis in minor) else None
 
-    kept = side(view.kept)
+    projected, kept = side(view.projected), side(view.kept)
+    # Neither the projections nor what is kept of them is whole on every device.
+    split_rank = _parts(kept) == 1 and view.rank % _parts(projected) == 0
     return LeafSpecs(
         Spec(*batch, None, None),
-        Spec(*batch, side(view.projected), None),
-        Spec(*batch, None, kept),
+        Spec(*batch, projected, None),
+        Spec(*batch, projected if split_rank else None, kept),
         Spec(*batch, kept),
         Spec(*batch),
     )
@@ -187,6 +191,12 @@ def _axes(entry: Any) -> tuple[str, ...]:
     if entry is None:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _parts(entry: Any) -> int:
+    """Devices over which an entry of a spec splits its axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in _axes(entry))
 
 
 def _used(spec: Spec) -> Spec | None:

@@ -14,8 +14,8 @@ curve       value                                    for
 ==========  =======================================  ==================================
 
 A block runs along the rank: the ``r`` numbers of one column of ``(..., r, n)``, of one
-row of a basis ``(..., m, r)``. No mesh splits that axis, so encoding communicates
-nothing. At ``x`` times the block's largest number, neighbouring levels are about
+row of a basis ``(..., m, r)``. A mesh splits that axis only where it cannot split
+``n`` (:mod:`ngalore_jax.sharding`); elsewhere encoding communicates nothing. At ``x`` times the block's largest number, neighbouring levels are about
 :math:`1/(127 x)`, :math:`2/(127 \sqrt x)` and, down to :math:`2^{-30}`, 1/15 to 1/8
 apart, relative to what they stand for. Adam divides by the root of a second moment, so
 there the relative error counts, and a positive number never becomes zero, which is how
@@ -185,6 +185,18 @@ class Codec:
             return jnp.where(stored.values == 0, 0, value) * scale
         level = stored.values.astype(dtype)
         return level * scale * (1 if self.curve is Curve.LINEAR else jnp.abs(level))
+
+    def slice(self, stored: Stored, index: jax.Array, axis: int) -> Stored:
+        """What is stored of one index of a negative axis, which stays, 1 long."""
+        if not isinstance(stored, Int8):
+            return jax.lax.dynamic_slice_in_dim(stored, index, 1, axis)
+        values = jax.lax.dynamic_slice_in_dim(stored.values, index, 1, axis)
+        kept = self._kept(stored.values.ndim)
+        if axis % stored.values.ndim not in kept:
+            return Int8(values, stored.scale)
+        scale_axis = kept.index(axis % stored.values.ndim)
+        scale = jax.lax.dynamic_slice_in_dim(stored.scale, index, 1, scale_axis)
+        return Int8(values, scale)
 
     def _kept(self, ndim: int) -> list[int]:
         block = {axis % ndim for axis in self.axes}

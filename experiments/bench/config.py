@@ -53,7 +53,7 @@ class BenchConfig:
             history, rank and layers.
         preset: Model whose hidden matrices are updated.
         rank: Rank of the GaLores. None: the preset's.
-        natural_rank: Rank of natural_galore. None: a sixteenth of the hidden size.
+        natural_rank: Rank of natural_galore. None: the preset's.
         repeats: Rounds in which every optimizer is timed once; at most three for
             refreshes, training steps of a published size and whatever takes seconds.
         dtypes: Formats of parameters and gradients.

@@ -57,7 +57,7 @@ def measure(bench: Bench, sweep: str, points: Mapping[int, Point]) -> list[Row]:
     updates = {str(value): _updates(bench, point) for value, point in points.items()}
     timings = interleaved(
         {
-            value: functools.partial(one.run, refresh=False, one_program=False)
+            value: functools.partial(one.run, refresh=False, alone=True)
             for value, one in updates.items()
         },
         repeats=bench.config.slow_repeats,

@@ -1,8 +1,4 @@
-"""Part memory: what a training step takes of the device, compiled but not run.
-
-Where the optimizer refreshes subspaces, of the steady step and the refresh apart;
-training runs both in one program.
-"""
+"""Part memory: what a training step takes of the device, compiled but not run."""
 
 import functools
 
@@ -27,13 +23,13 @@ def tasks(bench: Bench) -> list[Task]:
 
 
 def measure(bench: Bench, name: PeerName) -> list[Row]:
-    """Compiles the training step's programs; the largest figure of them counts."""
+    """Compiles the training step."""
     preset = bench.config.preset
     peer = peer_of(bench, name, preset)
     device = np.array(jax.devices()[:1])
-    programs = [compile_step(peer.run, device, refresh) for refresh in peer.programs]
+    costs = compile_step(peer.run, device, None)
     figures = {
-        f"{part}_mb": max(getattr(costs, part) for costs in programs) / 1e6
+        f"{part}_mb": getattr(costs, part) / 1e6
         for part in ("memory", "arguments", "temporaries", "outputs")
     }
     return [Row("memory", preset, name, figures=figures)]

@@ -29,9 +29,9 @@ class Peer:
         rank: Rank of its subspaces, None if it has none.
         history: Gradients in its Fisher, 0 if it has none.
         gap: Steps between refreshes, None if it has none.
-        programs: `refresh` of each program that is measured: steady and refresh where
-            it can be told of a refresh, else a single None. (Training runs the one that
-            decides by the count.)
+        two_programs: Whether it can be told of a refresh, so that steady updates and
+            refreshes can be programs of their own. Training runs the one that decides
+            by the count.
         first_refresh: Count at whose multiples it refreshes, less the gap: 0, or -1
             where the count is raised before it is looked at.
         run: Settings of a training run with it, None of a peer that training cannot
@@ -43,14 +43,9 @@ class Peer:
     rank: int | None = None
     history: int = 0
     gap: int | None = None
-    programs: tuple[bool | None, ...] = (None,)
+    two_programs: bool = False
     first_refresh: int = 0
     run: PretrainConfig | None = None
-
-    @property
-    def two_programs(self) -> bool:
-        """Whether a refresh is a program of its own."""
-        return len(self.programs) > 1
 
 
 class NotInstalledError(ValueError):
@@ -85,9 +80,9 @@ def galore_rank(bench: Bench, preset: PresetName) -> int:
 
 
 def natural_rank(bench: Bench, preset: PresetName) -> int:
-    """Returns the rank of natural_galore: a sixteenth of the hidden size."""
-    hidden = bench.run(preset, "natural_galore").model.hidden_size
-    return bench.config.natural_rank or max(1, hidden // 16)
+    """Returns the rank of natural_galore."""
+    rank = bench.config.natural_rank
+    return bench.run(preset, "natural_galore", rank).optimization.rank
 
 
 def peer_of(bench: Bench, name: PeerName, preset: PresetName) -> Peer:
@@ -123,7 +118,7 @@ def peer_of_run(name: PeerName, run: PretrainConfig) -> Peer:
         rank=config.rank if refreshes else None,
         history=config.history if config.optimizer == "natural_galore" else 0,
         gap=config.update_proj_gap if refreshes else None,
-        programs=refreshes_of(run),
+        two_programs=len(refreshes_of(run)) > 1,
         run=run,
     )
 

@@ -83,21 +83,20 @@ class Updates:
             compiled = compile_update(self.peer, self._shapes, refresh)
             self._programs[refresh] = compiled.program
 
-    def run(self, calls: int, *, refresh: bool, one_program: bool) -> None:
+    def run(self, calls: int, *, refresh: bool, alone: bool = False) -> None:
         """Does steady updates or refreshes, and waits for the last.
 
         Args:
             calls: How many.
             refresh: Whether each of them refreshes.
-            one_program: Whether it is the count that decides on this, also where
-                there is a program for each.
+            alone: Whether a program that can do nothing else does it, not the one in
+                which the count decides.
         """
         gap = self.peer.gap or 2
         count = gap + self.peer.first_refresh + (0 if refresh else 1)
         # NumPy's: one number is handed over, without a computation of its own.
         number = np.asarray(count, np.int32)
-        by_count = one_program or not self.peer.two_programs
-        program = self._programs[None if by_count else refresh]
+        program = self._programs[refresh if alone else None]
         updates = None
         for _ in range(calls):
             updates, self._state = program(

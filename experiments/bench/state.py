@@ -54,7 +54,9 @@ def measure(bench: Bench, preset: PresetName) -> list[Row]:
 def _of_matrices(peer: Peer, shapes: Any) -> dict[str, float]:
     """Of the hidden matrices; what the compiled update takes besides them as well."""
     state = jax.eval_shape(peer.make().init, shapes)
-    compiled = compile_update(peer, shapes, peer.programs[0], keep_unused=True)
+    # Of two programs the one that is compiled sooner; they have the same arguments.
+    refresh = False if peer.two_programs else None
+    compiled = compile_update(peer, shapes, refresh, keep_unused=True)
     arguments = compiled.program.memory_analysis().argument_size_in_bytes
     matrices_twice = 2 * ng.state_bytes(shapes)  # gradients and parameters
     return _figures(state) | {

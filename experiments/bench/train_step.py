@@ -35,17 +35,23 @@ class Steps:
         parts = parts_of(config)
         self._state = create_state(parts.init_params, parts.optimizer, seed=seed)
         self._batch = jax.device_put(_random_batch(config, seed))
-        self._programs = {
-            refresh: self._compile(config, parts, refresh) for refresh in peer.programs
-        }
+        self._program = self._compile(config, parts, None)
+        self._steady = self._compile(config, parts, False) if peer.two_programs else None
         if peer.gap is not None:
             self.run(1, refresh=True)
 
-    def run(self, calls: int, *, refresh: bool) -> None:
-        """Does steps with or without a refresh, and waits for the last."""
+    def run(self, calls: int, *, refresh: bool, alone: bool = False) -> None:
+        """Does steps with or without a refresh, and waits for the last.
+
+        Args:
+            calls: How many.
+            refresh: Whether each of them refreshes.
+            alone: Whether a program that can only do steady steps does it, not the one
+                that training runs.
+        """
         count = (self._peer.gap or 2) + (0 if refresh else 1)
         number = np.asarray(count, np.int32)
-        program = self._programs[refresh if self._peer.two_programs else None]
+        program = self._steady if alone else self._program
         metrics = None
         for _ in range(calls):
             self._state, metrics = program(self._state, self._batch, number)
@@ -79,9 +85,9 @@ def measure(bench: Bench, preset: PresetName) -> list[Row]:
         except Exception as error:  # whatever a peer raises is its result
             rows.append(Row("step", preset, name, error=reason(error)))
     repeats = config.repeats if preset == "demo" else config.slow_repeats
-    steady = interleaved(_candidates(ready, False), repeats=repeats, seed=config.seed)
+    steady = interleaved(_steady(ready), repeats=repeats, seed=config.seed)
     refresh = interleaved(
-        _candidates(ready, True), repeats=config.slow_repeats, seed=config.seed
+        _refreshes(ready), repeats=config.slow_repeats, seed=config.seed
     )
     return rows + [
         _row(preset, name, peer, steady, refresh) for name, (peer, _) in ready.items()
@@ -97,14 +103,27 @@ def amortised(steady: list[float], refresh: list[float], gap: int = GAP) -> list
     return [((gap - 1) * seconds + extra) / gap for seconds in steady]
 
 
-def _candidates(
-    ready: dict[PeerName, tuple[Peer, Steps]], refresh: bool
-) -> dict[str, Candidate]:
+def _steady(ready: dict[PeerName, tuple[Peer, Steps]]) -> dict[str, Candidate]:
+    candidates: dict[str, Candidate] = {}
+    for name, (peer, steps) in ready.items():
+        run = functools.partial(steps.run, refresh=False)
+        candidates[name] = run
+        if peer.two_programs:
+            candidates[_alone(name)] = functools.partial(run, alone=True)
+    return candidates
+
+
+def _refreshes(ready: dict[PeerName, tuple[Peer, Steps]]) -> dict[str, Candidate]:
     return {
-        name: functools.partial(steps.run, refresh=refresh)
+        name: functools.partial(steps.run, refresh=True)
         for name, (peer, steps) in ready.items()
-        if not refresh or peer.gap is not None
+        if peer.gap is not None
     }
+
+
+def _alone(name: str) -> str:
+    """The steady step in a program of its own."""
+    return f"{name} alone"
 
 
 def _row(
@@ -121,6 +140,11 @@ def _row(
         figures |= timed_figures("refresh", samples["refresh"], None)
         spread = amortised(samples["steady"], samples["refresh"])
     figures |= timed_figures("amortised", spread, steady.ratios_of(spread, REFERENCE))
+    alone = _alone(name)
+    if alone in steady.seconds:
+        samples["alone"] = steady.seconds[alone]
+        ratios = steady.ratios(alone, name)
+        figures |= timed_figures("alone", samples["alone"], ratios)
     return Row("step", preset, name, figures=figures, samples=samples)
 
 

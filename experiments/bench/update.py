@@ -27,7 +27,7 @@ from experiments.bench.torch_galore import NOTE, TorchUpdates
 from experiments.models.llama_config import Dtype
 
 REFERENCE: PeerName = "optax_galore"
-_ONE_PROGRAM = "one_program"
+_ALONE = "alone"
 _SAME_RANK = "natural_galore_same_rank"
 
 
@@ -109,11 +109,11 @@ class Case:
             )
         peer = peer_of(self.bench, name, self.bench.config.preset)
         updates = Updates(peer, gradients, params)
-        for refresh in peer.programs:
-            updates.compile(refresh)
-        if self._in_one_program(peer):
-            updates.compile(None)
-        updates.run(1, refresh=True, one_program=False)
+        updates.compile(None)
+        if self._in_two_programs(peer):
+            updates.compile(False)
+            updates.compile(True)
+        updates.run(1, refresh=True)
         return updates
 
     def _candidates(
@@ -127,10 +127,9 @@ class Case:
             if refresh and updates.peer.gap is None:
                 continue
             run = functools.partial(updates.run, refresh=refresh)
-            candidates[name] = functools.partial(run, one_program=False)
-            if self._in_one_program(updates.peer):
-                one = functools.partial(run, one_program=True)
-                candidates[f"{name} {_ONE_PROGRAM}"] = one
+            candidates[name] = run
+            if self._in_two_programs(updates.peer):
+                candidates[f"{name} {_ALONE}"] = functools.partial(run, alone=True)
         return candidates
 
     @property
@@ -138,8 +137,8 @@ class Case:
         """Whether what need not be known in every dtype is measured here."""
         return self.dtype == self.bench.config.dtypes[0]
 
-    def _in_one_program(self, peer: Peer) -> bool:
-        """Whether it is timed as one program too: once, for that is slow to compile."""
+    def _in_two_programs(self, peer: Peer) -> bool:
+        """Whether it is timed as two programs too: once, for they are to be compiled."""
         return peer.two_programs and self._is_first_dtype and peer.name != _SAME_RANK
 
     def _rows(
@@ -151,7 +150,7 @@ class Case:
             samples: dict[str, list[float]] = {}
             for key, candidate in (
                 (part, name),
-                (_ONE_PROGRAM, f"{name} {_ONE_PROGRAM}"),
+                (_ALONE, f"{name} {_ALONE}"),
             ):
                 if candidate in timings.seconds:
                     seconds = timings.seconds[candidate]

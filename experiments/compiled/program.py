@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from experiments.assembly import mesh_of, parts_of, step_of
 from experiments.compiled.counts import count
@@ -24,7 +25,9 @@ from experiments.configs import PretrainConfig
 from experiments.presets import parse
 from experiments.training.chips import known_chip
 from experiments.training.mesh import batch_sharding
+from experiments.training.microbatches import Batch
 from experiments.training.state import abstract_state, shardings_of
+from experiments.training.step import make_update
 from experiments.training.throughput import flops_per_token
 
 # libtpu describes a topology without a TPU if it does not look for one.
@@ -114,7 +117,11 @@ def on_topology(config: PretrainConfig, devices: int) -> PretrainConfig:
 
 
 def lower_step(
-    config: PretrainConfig, devices: np.ndarray, refresh: bool | None
+    config: PretrainConfig,
+    devices: np.ndarray,
+    refresh: bool | None,
+    *,
+    update_only: bool = False,
 ) -> jax.stages.Lowered:
     """Traces the training step of a config, with a state that is never made.
 
@@ -122,34 +129,47 @@ def lower_step(
         config: A run; its mesh has as many devices as are given.
         devices: What to compile for.
         refresh: As in `make_train_step`.
+        update_only: Leave out the model: the gradient, laid out like the parameters,
+            is an argument, and only the optimizer works.
     """
-    run, length = config.run, config.text.sequence_length
     mesh, parts = mesh_of(config, devices.tolist()), parts_of(config)
     state = abstract_state(parts.init_params, parts.optimizer, mesh)
+    shardings = shardings_of(state)
+    with jax.set_mesh(mesh):
+        if update_only:
+            step = make_update(parts.optimizer, shardings, refresh)
+            return step.lower(state, state.params)
+        step = step_of(config, parts, shardings, refresh)
+        return step.lower(state, _abstract_batch(config, mesh))
+
+
+def _abstract_batch(config: PretrainConfig, mesh: Mesh) -> Batch:
+    rows, length = config.run.batch_size, config.text.sequence_length
     shapes = {
-        "tokens": ((run.batch_size, length + 1), jnp.int32),
-        "weights": ((run.batch_size, length), jnp.float32),
+        "tokens": ((rows, length + 1), jnp.int32),
+        "weights": ((rows, length), jnp.float32),
     }
     if config.text.treatment == "packed":
         shapes["segments"] = shapes["tokens"]
-    batch = {
+    return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in shapes.items()
     }
-    step = step_of(config, parts, shardings_of(state), refresh)
-    with jax.set_mesh(mesh):
-        return step.lower(state, batch)
 
 
 def compile_step(
-    config: PretrainConfig, devices: np.ndarray, refresh: bool | None
+    config: PretrainConfig,
+    devices: np.ndarray,
+    refresh: bool | None,
+    *,
+    update_only: bool = False,
 ) -> Costs:
     """Compiles the training step of a config; arguments as of `lower_step`.
 
     Raises:
         DoesNotFitError: The chip's memory is too small; the message says by how much.
     """
-    lowered = lower_step(config, devices, refresh)
+    lowered = lower_step(config, devices, refresh, update_only=update_only)
     started = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -187,7 +207,9 @@ def main() -> int:
     try:
         devices = topology_devices(job["topology"])
         config = on_topology(parse(job["args"]), devices.size)
-        costs = compile_step(config, devices, job["refresh"])
+        costs = compile_step(
+            config, devices, job["refresh"], update_only=job["update_only"]
+        )
         chip = known_chip(devices[0].device_kind)
         result = dataclasses.asdict(costs) | {
             "hbm": None if chip is None else chip.memory

@@ -1,10 +1,12 @@
 """The study: same tries for every method, best rate on all seeds, nothing run twice."""
 
 import json
+import threading
 
 import pytest
 
 from experiments import pretrain, study
+from experiments.presets import parse
 
 TINY = (
     "--steps 4 --eval-every 2 --batch-size 4 --sequence-length 8 --rank 2 "
@@ -22,11 +24,18 @@ def arguments(tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setattr(
         study, "_pretrain", lambda name, args: runs.append(name) or pretrain.main(args)
     )
+    monkeypatch.setattr(study, "parse", parse_in_main_thread)
     runs.clear()
     return (
         f"--study-dir {tmp_path}/study --methods adamw galore --factors 0.5 2 "
         f"--seeds 0 1 --workers 1 --data {tmp_path}/*.txt"
     ).split() + TINY
+
+
+def parse_in_main_thread(args):
+    # tyro's parser has one table of names for the whole process.
+    assert threading.current_thread() is threading.main_thread()
+    return parse(args)
 
 
 runs: list[str] = []
