@@ -203,7 +203,7 @@ class OptimizerConfig:
     history: int = 20
     damping: float = 1e-3
     residual: float | None = 2.0
-    history_dtype: StorageDtype = "float32"
+    history_dtype: StorageDtype = "int8"
     moments_dtype: StorageDtype = "float32"
     basis_dtype: StorageDtype = "float32"
     accumulate: Literal["full", "subspace"] = "full"

@@ -37,14 +37,15 @@ _RANK_AND_STEPS: dict[str, tuple[int, int]] = {
 
 def demo(optimizer: OptimizerName = "natural_galore") -> PretrainConfig:
     """``python -m experiments.pretrain``: minutes on two CPU cores, no download."""
+    rank, steps = _rank_and_steps("demo", optimizer)
     return PretrainConfig(
         preset="demo",
         model=MODELS["demo"],
         text=TextConfig(sequence_length=128, validation_tokens=32_768),
         optimization=OptimizerConfig(
-            optimizer=optimizer, rank=_rank("demo", optimizer), update_proj_gap=50
+            optimizer=optimizer, rank=rank, update_proj_gap=50
         ),
-        run=RunConfig(steps=400, batch_size=16, eval_every=50, checkpoint_every=100),
+        run=RunConfig(steps=steps, batch_size=16, eval_every=50, checkpoint_every=100),
     )
 
 
@@ -56,27 +57,27 @@ def llama(
     Meant for an accelerator and C4 with a given tokenizer; the defaults train on
     what this machine has.
     """
-    _, steps = _RANK_AND_STEPS[name]
+    rank, steps = _rank_and_steps(name, optimizer)
     return PretrainConfig(
         preset=name,
         model=MODELS[name],
         text=TextConfig(sequence_length=256),
         optimization=OptimizerConfig(
-            optimizer=optimizer, rank=_rank(name, optimizer), update_proj_gap=200
+            optimizer=optimizer, rank=rank, update_proj_gap=200
         ),
         run=RunConfig(steps=steps, batch_size=512),
     )
 
 
-def _rank(name: PresetName, optimizer: OptimizerName) -> int:
-    """GaLore's published rank, or the one that serves Natural GaLore.
+def _rank_and_steps(name: PresetName, optimizer: OptimizerName) -> tuple[int, int]:
+    """GaLore's rank, or that which serves Natural GaLore; and steps.
 
     With the gradient outside the subspace put back, a sixteenth of the hidden size is
-    enough.
+    enough (experiments/README.md, "What small state costs").
     """
-    if optimizer == "natural_galore":
-        return MODELS[name].hidden_size // 16
-    return _RANK_AND_STEPS[name][0]
+    rank, steps = _RANK_AND_STEPS[name]
+    natural = optimizer == "natural_galore"
+    return (MODELS[name].hidden_size // 16 if natural else rank), steps
 
 
 def preset(

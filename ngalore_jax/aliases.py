@@ -27,6 +27,7 @@ PAPER: Mapping[str, Any] = MappingProxyType(
         update_proj_gap=200,
         scale=0.25,
         history=20,
+        history_dtype=None,
         damping=1e-3,
         eps=1e-6,
         projector=svd(),
@@ -37,8 +38,8 @@ PAPER: Mapping[str, Any] = MappingProxyType(
 )
 """Settings that reproduce the published method: ``natural_galore(lr, rank, **PAPER)``.
 
-Exact SVD, nothing carried over a refresh, the gradient outside the subspace dropped
-(arXiv 2410.16029, section 4; its learning rate is 0.01 with 10 % warmup). The method as
+Exact SVD, nothing carried over a refresh, the gradient outside the subspace dropped,
+a history in float32 (arXiv 2410.16029, section 4; its learning rate is 0.01 with 10 % warmup). The method as
 the paper writes it, one side projected; the published code projects both. The float32
 safeguards of :func:`scale_by_natural_gradient` stay.
 """
@@ -46,7 +47,7 @@ safeguards of :func:`scale_by_natural_gradient` stay.
 
 def natural_galore(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: int | None = None,
     update_proj_gap: int = 200,
     scale: jax.typing.ArrayLike = 0.25,
     history: int = 20,
@@ -64,7 +65,7 @@ def natural_galore(
     history_at_refresh: AtRefresh = "rotate",
     moments_at_refresh: AtRefresh = "rotate",
     relative_damping: bool = False,
-    history_dtype: jax.typing.DTypeLike | None = None,
+    history_dtype: jax.typing.DTypeLike | None = "int8",
     moments_dtype: jax.typing.DTypeLike | None = None,
     basis_dtype: jax.typing.DTypeLike | None = None,
     side: Side = "smaller",
@@ -85,12 +86,14 @@ def natural_galore(
 
     All other leaves take Adam. Departures from the paper, each an argument and
     undone by ``**PAPER``: moments and history follow the basis at a refresh, the basis
-    comes from subspace iteration, and the gradient outside the subspace is put back
-    (the :math:`d` term).
+    comes from subspace iteration, the gradient outside the subspace is put back (the
+    :math:`d` term), and the history is kept in 8 bits.
 
     Args:
       learning_rate: :math:`\eta`, a number or an optax schedule.
-      rank: Directions kept of the smaller side of each matrix.
+      rank: Directions kept of the projected side of each matrix. None: a sixteenth of
+        its smaller side, enough with the gradient outside the subspace put back;
+        GaLore's published ranks are about a quarter.
       update_proj_gap: Steps between refreshes of the basis.
       scale: :math:`\alpha`, a factor on the update of projected leaves.
       history: Gradients in the Fisher, the current one included.
@@ -111,8 +114,8 @@ def natural_galore(
       history_at_refresh: ``"rotate"``, ``"keep"`` or ``"reset"``.
       moments_at_refresh: ``"rotate"``, ``"keep"`` or ``"reset"``.
       relative_damping: Whether ``damping`` is relative to the history's mean energy.
-      history_dtype: Storage dtype of the history: None for float32, ``"bfloat16"`` or
-        ``"int8"``; see :mod:`ngalore_jax.storage`.
+      history_dtype: Storage dtype of the history: ``"int8"``, ``"bfloat16"``, or None
+        for float32; see :mod:`ngalore_jax.storage`.
       moments_dtype: Likewise of Adam's moments of projected leaves.
       basis_dtype: Likewise of the bases.
       side: Side of each matrix that is projected.
@@ -128,8 +131,8 @@ def natural_galore(
       ValueError: If an argument is outside its range, or a rank exceeds a side.
 
     Memory:
-      ``m r + (2 + s) r n + s^2 + n + 1`` elements a projected matrix, side ``m``
-      projected, and twice the size of any other leaf.
+      ``4 m r + (8 + s) r n + 2 s n + 4 (s^2 + n + 1)`` bytes a projected matrix, side
+      ``m`` projected, and twice the size of any other leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, ngalore_jax as ng
@@ -339,10 +342,14 @@ def _optimizer(
 
         return choose
 
-    decay = optax.chain(
-        *(
-            optax.add_decayed_weights(_product(-1, rate, weight_decay), decaying(label))
-            for label, rate in rates.items()
+    decay = _dtypes_kept(
+        optax.chain(
+            *(
+                optax.add_decayed_weights(
+                    _product(-1, rate, weight_decay), decaying(label)
+                )
+                for label, rate in rates.items()
+            )
         )
     )
     if accumulation_steps is not None:
@@ -361,3 +368,21 @@ def _product(*factors: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
     if not any(map(callable, factors)):
         return math.prod(factors)
     return lambda count: math.prod(f(count) if callable(f) else f for f in factors)
+
+
+def _dtypes_kept(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """``inner``, whose float32 schedules would make bfloat16 updates float32."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        new, state = inner.update(updates, state, params, **extra_args)
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, updates), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -49,11 +49,11 @@ def state_report(state: optax.OptState) -> dict[str, int]:
     Example:
       >>> import jax, ngalore_jax as ng
       >>> params = {"w": jax.ShapeDtypeStruct((512, 2048), "float32")}
-      >>> tx = ng.natural_galore(1e-3, rank=32, history=20)
+      >>> tx = ng.natural_galore(1e-3)
       >>> for part, size in ng.state_report(jax.eval_shape(tx.init, params)).items():
       ...     print(part, size)
       basis 65540
-      history 5244484
+      history 1394244
       moments 524292
       residual 8196
       unprojected 4

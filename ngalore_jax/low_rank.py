@@ -42,7 +42,7 @@ class LowRankState(NamedTuple):
 
 def low_rank(
     inner: optax.GradientTransformation,
-    rank: int = 128,
+    rank: int | None = 128,
     update_proj_gap: int = 200,
     scale: optax.ScalarOrSchedule = 1.0,
     *,
@@ -79,7 +79,7 @@ def low_rank(
       inner: Transformation of the projected gradients that needs no parameters. It is
         handed the extra argument ``subspace_change``
         (:class:`ngalore_jax.SubspaceChange`), which optax's own ignore.
-      rank: Directions kept, ``r``.
+      rank: Directions kept, ``r``. None: a sixteenth of each matrix's smaller side.
       update_proj_gap: Steps between refreshes, ``T``, as in ``optax.contrib.galore``.
       scale: :math:`\alpha`, a factor on the update of projected leaves: a number or an
         optax schedule.
@@ -256,12 +256,12 @@ def _check_arguments(
     accumulation_steps: int | None,
     residual: Residual | float | None,
 ) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int):
+    if isinstance(rank, bool) or not isinstance(rank, int | None):
         raise TypeError(
             f"rank must be an int known at trace time, got {type(rank).__name__}; with "
             "optax.inject_hyperparams add 'rank' to static_args."
         )
-    if rank < 1:
+    if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
     if isinstance(update_proj_gap, int | float) and update_proj_gap < 1:
         raise ValueError(f"update_proj_gap must be at least 1, got {update_proj_gap}.")

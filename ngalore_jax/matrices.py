@@ -46,6 +46,8 @@ WeightDimensionNumbers = (
     MatrixDimensionNumbers | optax.Params | Callable[[optax.Params], optax.Params]
 )
 
+# The smaller side over the rank, where none is given.
+_DEFAULT_SHARE = 16
 # Full-rank by name, wherever it stands in the path.
 _EMBEDDING = re.compile(
     r"(.*_)?(un)?embed(s|der|ding|dings)?(_.*)?|wte|wpe|lm_?head|.*norm.*|ln(_.*)?",
@@ -125,11 +127,13 @@ def work_dtype(leaf: Any) -> jnp.dtype:
 def matrix_view(
     shape: tuple[int, ...],
     dimension_numbers: MatrixDimensionNumbers,
-    rank: int,
+    rank: int | None,
     side: Side,
     clip_rank: bool,
 ) -> MatrixView:
     """Resolves one leaf's axes, projected side and rank.
+
+    A ``rank`` of None is a sixteenth of the smaller side, at least 1.
 
     Raises:
       ValueError: If the axes overlap or are out of range, or if ``rank`` exceeds
@@ -144,6 +148,8 @@ def matrix_view(
         )
     batch = tuple(a for a in range(len(shape)) if a not in rows + columns)
     m, n = (math.prod(shape[a] for a in axes) for axes in (rows, columns))
+    if rank is None:
+        rank = max(1, min(m, n) // _DEFAULT_SHARE)
     if rank > min(m, n):
         if not clip_rank:
             raise ValueError(

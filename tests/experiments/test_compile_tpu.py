@@ -93,6 +93,23 @@ def test_a_refresh_is_a_program_of_its_own():
     assert refresh.unknown_loops > 0  # iterations: more of them at a cold start
 
 
+def test_the_update_alone_has_no_model_in_it():
+    config = on_topology(tiny(), 4)
+    update = compile_step(config, cpus(4), False, update_only=True)
+    adamw = on_topology(tiny("--optimizer", "adamw"), 4)
+    nothing = compile_step(adamw, cpus(4), None, update_only=True)
+    assert nothing.flops == 0 and not nothing.sent
+    elements = 3 * (4 * 64**2 + 3 * 64 * 128)
+    rank = config.optimization.rank
+    assert update.flops == pytest.approx(4 * elements * rank / 4, rel=0.2)
+    _, whole = compile_tiny(refresh=False)
+    # The gradient in place of the batch.
+    params = elements + 7 * 64 + 2 * 256 * 64
+    batch = 16 * 33 * 4 + 16 * 32 * 4
+    grown = 4 * update.arguments - 4 * whole.arguments
+    assert grown == pytest.approx(4 * params - batch, rel=0.05)
+
+
 def test_packed_batches_have_segments():
     _, costs = compile_tiny("--sequences", "packed", refresh=False)
     _, joined = compile_tiny("--sequences", "joined", refresh=False)

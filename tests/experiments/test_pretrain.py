@@ -172,7 +172,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(
 def test_a_preset_sets_shape_and_settings_and_can_be_overridden():
     config = parse(["--preset", "llama_60m", "--steps", "7", "--model.num-layers", "3"])
     assert (config.model.hidden_size, config.model.num_layers) == (512, 3)
-    assert (config.optimization.rank, config.run.batch_size) == (128, 512)
+    assert (config.optimization.rank, config.run.batch_size) == (32, 512)
     assert (config.run.steps, config.text.sequence_length) == (7, 256)
     assert config.run_dir == Path("runs/llama_60m-natural_galore")
     assert parse([]) == preset("demo")
@@ -191,8 +191,10 @@ def test_a_preset_sets_shape_and_settings_and_can_be_overridden():
     ],
 )
 def test_published_runs(name, rank, steps):
-    config = preset(name)
+    config = preset(name, "galore")
     assert (config.optimization.rank, config.run.steps) == (rank, steps)
+    natural = preset(name)
+    assert natural.optimization.rank == natural.model.hidden_size // 16
     assert (config.text.sequence_length, config.run.batch_size) == (256, 512)
     assert config.optimization.warmup_fraction == 0.1
     assert config.optimization.final_fraction == 0.1

@@ -12,6 +12,7 @@ import pytest
 
 import ngalore_jax as ng
 from tests.ngalore_jax import reference
+from tests.ngalore_jax.transforms import low_rank_state
 
 SHAPES = {"w": (5, 9), "embed": (7, 4), "bias": (5,)}
 LABELS = {"w": "matrix", "embed": "other", "bias": "other"}
@@ -58,7 +59,8 @@ def by_hand(matrix, learning_rate, decay=None):
 
 def test_natural_galore_is_its_chain():
     inner = optax.chain(
-        ng.scale_by_natural_gradient(20, 1e-3), ng.scale_by_subspace_adam()
+        ng.scale_by_natural_gradient(20, 1e-3, history_dtype="int8"),
+        ng.scale_by_subspace_adam(),
     )
     expected = by_hand(ng.low_rank(inner, 2, 3, 0.25, residual=2.0), 0.1)
     actual = ng.natural_galore(0.1, rank=2, update_proj_gap=3)
@@ -129,7 +131,7 @@ def test_signatures_hold_the_contract():
     natural = inspect.signature(ng.natural_galore).parameters
     defaults = {name: p.default for name, p in natural.items()}
     contract = dict(
-        rank=128,
+        rank=None,
         update_proj_gap=200,
         scale=0.25,
         history=20,
@@ -157,6 +159,39 @@ def test_weight_decay_is_decoupled_and_acts_in_full_space(mask):
             chex.assert_trees_all_close(
                 np.asarray(v[name] - u[name]), expected + np.zeros_like(w), atol=1e-6
             )
+
+
+def test_each_kind_of_leaf_decays_at_its_own_rate():
+    rate, other = optax.linear_schedule(1.0, 0.0, 4), 0.25
+    plain, decayed = (
+        run(
+            ng.natural_galore(
+                rate, 2, 3, adam_learning_rate=other, weight_decay=decay, mask=only_w
+            )
+        )
+        for decay in (0.0, optax.linear_schedule(0.4, 0.8, 4))
+    )
+    for t, (u, v) in enumerate(zip(plain, decayed)):
+        for name, w in params().items():
+            factor = (1 - t / 4) * (0.4 + 0.1 * t) if name == "w" else 0.0
+            chex.assert_trees_all_close(v[name], u[name] - factor * w, atol=1e-6)
+    everywhere = run(
+        ng.galore(1.0, 2, 3, adam_learning_rate=other, weight_decay=0.5), 2
+    )
+    none = run(ng.galore(1.0, 2, 3, adam_learning_rate=other), 2)
+    for u, v in zip(none, everywhere):
+        chex.assert_trees_all_close(
+            v["bias"], u["bias"] - other * 0.5 * params()["bias"], atol=1e-6
+        )
+
+
+def test_without_a_rank_it_is_a_sixteenth_of_the_smaller_side():
+    params = {"w": jnp.zeros((48, 64)), "small": jnp.zeros((3, 8, 10))}
+    state = low_rank_state(ng.natural_galore(0.1).init(params))
+    assert state.projector["w"].shape == (48, 3)
+    assert state.projector["small"].shape == (3, 8, 1)
+    larger = low_rank_state(ng.natural_galore(0.1, side="larger").init(params))
+    assert larger.projector["w"].shape == (64, 3)
 
 
 def test_a_mask_may_be_a_function_of_the_parameters():

@@ -9,6 +9,7 @@ import pytest
 
 import ngalore_jax as ng
 from ngalore_jax import storage
+from ngalore_jax.natural import rotate_history
 from tests.ngalore_jax import reference
 
 SHAPES = [(9, 4), (4, 9), (6, 6), (1, 7), (7, 1)]
@@ -275,6 +276,27 @@ def test_rotation_of_a_small_history_keeps_the_gram_of_what_is_stored(dtype):
     stored = storage.Codec(jnp.dtype(dtype)).decode(state.history, jnp.float32)
     flat = np.asarray(stored, np.float64).reshape(3, -1)
     chex.assert_trees_all_close(state.gram, np.float32(flat @ flat.T), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_the_axis_that_the_gram_matrix_is_summed_along_does_not_matter(dtype):
+    shape, codec = (2, 4, 6), storage.Codec(dtype and jnp.dtype(dtype))
+    stream = np.float32(np.stack(reference.gradients(18, 3, *shape)))
+    columns = [codec.encode(jnp.asarray(g)) for g in stream]
+    history = jax.tree.map(lambda *x: jnp.stack(x), *columns)
+    rotation = np.linalg.qr(np.float32(reference.gradients(19, 2, 4, 4)))[0]
+    for along in (-2, -1):
+        rotated, gram = rotate_history(
+            history,
+            jnp.zeros((2, 3, 3)),
+            jnp.asarray(rotation),
+            codec=codec,
+            along=along,
+        )
+        flat = np.asarray(codec.decode(rotated, jnp.float32), np.float64)
+        exact = np.einsum("sbrn,tbrn->bst", flat, flat)
+        chex.assert_trees_all_close(gram, np.float32(exact), rtol=1e-5)
+        assert relative_error(flat[1], rotation @ stream[1]) < 2e-2
 
 
 @pytest.mark.parametrize(

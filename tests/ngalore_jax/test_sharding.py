@@ -66,6 +66,13 @@ LAYOUTS = {
 LAYOUTS_2D = {
     "matrix, both sides": Layout(MATRIX, P("x", "y"), P(None, None), P(None, "y")),
     "matrix, kept side twice": Layout(MATRIX, P(None, XY), P(None, None), P(None, XY)),
+    # The rank of 2 divides y, and only where the kept side is whole is it split.
+    "matrix, projected side and rank": Layout(
+        MATRIX, P("y", None), P(None, None), P("y", None)
+    ),
+    "stack, projected side and rank": Layout(
+        STACK, P(None, "y"), P(None, None, None), P(None, "y", None)
+    ),
     "stack, batch and kept side": Layout(
         STACK, P("x", None, "y"), P("x", None, None), P("x", None, "y")
     ),
@@ -99,7 +106,8 @@ def natural_galore(**changes):
         history=HISTORY,
         weight_decay=0.1,
         weight_dimension_numbers=dimension_numbers,
-        **changes,
+        # Sums in another order would tip a number over to the next of 8 bits' levels.
+        **{"history_dtype": None} | changes,
     )
 
 

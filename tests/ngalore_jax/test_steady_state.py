@@ -1,7 +1,8 @@
-"""What a step without a refresh does not do.
+"""What a step does not do.
 
-It factorises nothing large, sums no Gram matrix anew, and between devices that share
-the kept side it moves a few numbers a matrix.
+It copies no history. Without a refresh it factorises nothing large, sums no Gram
+matrix anew, and between devices that share the kept side it moves a few numbers a
+matrix.
 """
 
 import math
@@ -157,6 +158,19 @@ def test_compiled_steady_program_calls_no_factorisation(make):
     assert {name for _, name in calls(refresh=False)} <= {"potrf", "trsm"}
     assert (str(RANK), "potrf") not in calls(refresh=False)
     assert (str(RANK), "potrf") in calls(refresh=True)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("refresh", [None, False])
+def test_a_step_holds_no_second_history(dtype, refresh):
+    tx = ng.natural_galore(0.1, rank=64, history=64, history_dtype=dtype)
+    params = {"w": jnp.zeros((128, 512)), "layers": jnp.zeros((3, 512, 128))}
+    state = tx.init(params)
+    update = jax.jit(
+        lambda g, s, p: tx.update(g, s, p, refresh=refresh), donate_argnums=1
+    )
+    memory = update.lower(params, state, params).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < ng.state_report(state)["history"] / 2
 
 
 _COLLECTIVE = re.compile(
