@@ -1,9 +1,10 @@
 """Compiles the training step for TPUs that are not here, and tabulates what it costs.
 
 ``uv run --group tpu python -m experiments.compile_tpu --help``. The step is the one
-that `experiments.pretrain` runs; where the optimizer refreshes subspaces, its two
-branches are compiled by themselves as well, to tell what each costs. Each program is
-compiled in a process of its own, so that a time limit can end it.
+that `experiments.pretrain` runs, or the optimizer's share of it; where the optimizer
+refreshes subspaces, its two branches are compiled by themselves as well, to tell what
+each costs. Each program is compiled in a process of its own, so that a time limit can
+end it.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class CompileConfig:
         model: Preset of experiments.pretrain.
         topology: Version and shape: v5e:8x8, v6e:4x4, v4:2x2x4, v5p:4x4x4 ...
         optimizer: Optimizer whose steady and refresh steps are compiled.
-        update_only: Compile the optimizer's share of the step alone, its gradient given.
+        update_only: Compile the optimizer's share of the step alone.
         compare: Compile adamw and optax_galore as well.
         time_limit: Seconds after which a compilation is given up.
         json: File to write all figures to.
@@ -110,7 +111,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    show(" ".join([config.model, "on", config.topology, *extra]), results, console)
+    subject = f"{config.model}'s update" if config.update_only else config.model
+    show(" ".join([subject, "on", config.topology, *extra]), results, console)
     if config.markdown:
         console.print(markdown(results), markup=False, soft_wrap=True)
     if config.json is not None:

@@ -39,9 +39,9 @@ PAPER: Mapping[str, Any] = MappingProxyType(
 """Settings that reproduce the published method: ``natural_galore(lr, rank, **PAPER)``.
 
 Exact SVD, nothing carried over a refresh, the gradient outside the subspace dropped,
-a history in float32 (arXiv 2410.16029, section 4; its learning rate is 0.01 with 10 % warmup). The method as
-the paper writes it, one side projected; the published code projects both. The float32
-safeguards of :func:`scale_by_natural_gradient` stay.
+a history in float32 (arXiv 2410.16029, section 4; its learning rate is 0.01 with 10 %
+warmup). The method as the paper writes it, one side projected; the published code
+projects both. The float32 safeguards of :func:`scale_by_natural_gradient` stay.
 """
 
 
@@ -124,7 +124,8 @@ def natural_galore(
         :func:`ngalore_jax.low_rank`. Only without a residual.
 
     Returns:
-      An optimizer for ``optax.apply_updates``; ``update`` needs ``params``.
+      An optimizer for ``optax.apply_updates``; ``update`` needs ``params`` where there
+      is weight decay.
 
     Raises:
       TypeError: If ``rank`` or ``history`` is not an int known at trace time.
@@ -132,7 +133,8 @@ def natural_galore(
 
     Memory:
       ``4 m r + (8 + s) r n + 2 s n + 4 (s^2 + n + 1)`` bytes a projected matrix, side
-      ``m`` projected, and twice the size of any other leaf.
+      ``m`` projected, in float32 but for the history, and twice the size of any other
+      leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, ngalore_jax as ng
@@ -243,7 +245,8 @@ def galore(
         :func:`ngalore_jax.low_rank`. Only without a residual.
 
     Returns:
-      An optimizer for ``optax.apply_updates``; ``update`` needs ``params``.
+      An optimizer for ``optax.apply_updates``; ``update`` needs ``params`` where there
+      is weight decay.
 
     Raises:
       TypeError: If ``rank`` is not an int known at trace time.
@@ -308,7 +311,9 @@ def _optimizer(
 
     rates = {
         "low_rank": learning_rate,
-        "full_rank": learning_rate if adam_learning_rate is None else adam_learning_rate,
+        "full_rank": learning_rate
+        if adam_learning_rate is None
+        else adam_learning_rate,
     }
     projected = low_rank(
         inside,
@@ -320,9 +325,7 @@ def _optimizer(
     )
     # As in low_rank: a NaN or an Inf in a leaf's gradient makes it a zero gradient.
     guard = optax.stateless(lambda updates, _: jax.tree.map(finite_or_zero, updates))
-    full_rank = optax.chain(
-        full_rank, optax.scale_by_learning_rate(rates["full_rank"])
-    )
+    full_rank = optax.chain(full_rank, optax.scale_by_learning_rate(rates["full_rank"]))
     if accumulation_steps is not None:
         full_rank = accumulate(full_rank, accumulation_steps)
     optimizer = optax.partition(
@@ -363,11 +366,14 @@ def _optimizer(
     return optax.chain(optimizer, decay)
 
 
-def _product(*factors: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+def _product(*factors: Any) -> Any:
     """The product of numbers and schedules, a schedule if one of them is."""
-    if not any(map(callable, factors)):
-        return math.prod(factors)
-    return lambda count: math.prod(f(count) if callable(f) else f for f in factors)
+
+    def at(count: jax.Array | None) -> Any:
+        values: list[Any] = [f(count) if callable(f) else f for f in factors]
+        return math.prod(values)
+
+    return at if any(map(callable, factors)) else at(None)
 
 
 def _dtypes_kept(

@@ -55,7 +55,8 @@ def leaf_specs(view: MatrixView, leaf: Any) -> LeafSpecs:
 
     projected, kept = side(view.projected), side(view.kept)
     # Neither the projections nor what is kept of them is whole on every device.
-    split_rank = _parts(kept) == 1 and view.rank % _parts(projected) == 0
+    parts = _parts(projected)
+    split_rank = parts > 1 and _parts(kept) == 1 and view.rank % parts == 0
     return LeafSpecs(
         Spec(*batch, None, None),
         Spec(*batch, projected, None),

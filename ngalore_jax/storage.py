@@ -15,11 +15,12 @@ curve       value                                    for
 
 A block runs along the rank: the ``r`` numbers of one column of ``(..., r, n)``, of one
 row of a basis ``(..., m, r)``. A mesh splits that axis only where it cannot split
-``n`` (:mod:`ngalore_jax.sharding`); elsewhere encoding communicates nothing. At ``x`` times the block's largest number, neighbouring levels are about
-:math:`1/(127 x)`, :math:`2/(127 \sqrt x)` and, down to :math:`2^{-30}`, 1/15 to 1/8
-apart, relative to what they stand for. Adam divides by the root of a second moment, so
-there the relative error counts, and a positive number never becomes zero, which is how
-linear levels fail (arXiv 2309.01507): the smallest is raised.
+``n`` (:mod:`ngalore_jax.sharding`); elsewhere encoding communicates nothing. At ``x``
+times the block's largest number, neighbouring levels are about :math:`1/(127 x)`,
+:math:`2/(127 \sqrt x)` and, down to :math:`2^{-30}`, 1/15 to 1/8 apart, relative to
+what they stand for. Adam divides by the root of a second moment, so there the relative
+error counts, and a positive number never becomes zero, which is how linear levels fail
+(arXiv 2309.01507): the smallest is raised.
 
 A slow average needs more than the nearest level: with a decay of 0.999 a step moves it
 by less than half of bfloat16's spacing, and rounded to nearest it never moves. Given

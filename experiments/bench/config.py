@@ -32,7 +32,7 @@ PeerName = Literal[
 _PROGRAM = "python -m experiments.bench"
 # Sequences a step of a published size on a CPU: seconds instead of half an hour. An
 # optimizer's share of the step is then larger than in a real run.
-_CPU_BATCH_SIZE = 2
+_CPU_BATCH_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class BenchConfig:
         growth_histories: History lengths of the growth part.
         energy_steps: Steps that the demo trains in the energy part.
         batch_size: Sequences a training step of a published size. None: the preset's
-            on accelerators, 2 on a CPU.
+            on accelerators, 8 on a CPU.
         seed: Seed of gradients, parameters and orders.
         bench_dir: Folder of the results.
     """

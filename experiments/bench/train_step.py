@@ -36,7 +36,9 @@ class Steps:
         self._state = create_state(parts.init_params, parts.optimizer, seed=seed)
         self._batch = jax.device_put(_random_batch(config, seed))
         self._program = self._compile(config, parts, None)
-        self._steady = self._compile(config, parts, False) if peer.two_programs else None
+        self._steady = (
+            self._compile(config, parts, False) if peer.two_programs else None
+        )
         if peer.gap is not None:
             self.run(1, refresh=True)
 

@@ -138,7 +138,7 @@ class Case:
         return self.dtype == self.bench.config.dtypes[0]
 
     def _in_two_programs(self, peer: Peer) -> bool:
-        """Whether it is timed as two programs too: once, for they are to be compiled."""
+        """Whether it is timed as two programs too: in one dtype, to compile less."""
         return peer.two_programs and self._is_first_dtype and peer.name != _SAME_RANK
 
     def _rows(

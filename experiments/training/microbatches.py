@@ -96,20 +96,20 @@ def update_at_once(
     gradient_norm = _norm(gradients)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(gradient_norm)
 
-    def update(params: optax.Params, opt_state: optax.OptState) -> tuple[Any, ...]:
+    def update(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        _, params, opt_state, _ = carry
         updates, opt_state = optimizer.update(
             gradients, opt_state, params, **extra_args
         )
-        return optax.apply_updates(params, updates), opt_state, _norm(updates)
+        params = optax.apply_updates(params, updates)
+        return jnp.array(False), params, opt_state, _norm(updates)
 
-    # A branch, not `where` on every leaf: that keeps the old state alive beside
-    # the new one and copies the whole history, of which a step writes one entry.
-    params, opt_state, update_norm = jax.lax.cond(
-        finite,
+    # A loop of one turn or none. `where` on every leaf would keep the old state alive
+    # beside the new one; in a branch, XLA's CPU compiler uses one core.
+    _, params, opt_state, update_norm = jax.lax.while_loop(
+        lambda carry: carry[0],
         update,
-        lambda params, opt_state: (params, opt_state, jnp.float32(0)),
-        params,
-        opt_state,
+        (finite, params, opt_state, jnp.float32(0)),
     )
     return Updated(
         params, opt_state, sums.loss, sums.weight, gradient_norm, update_norm, finite

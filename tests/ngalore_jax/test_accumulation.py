@@ -108,7 +108,7 @@ def test_dtypes(dtype):
     """Sums are kept in float32 at least; types of state and updates are stable."""
     with jax.enable_x64(dtype == jnp.float64):
         weights = params(dtype)
-        tx = natural(accumulation_steps=WINDOW)
+        tx = natural(accumulation_steps=WINDOW, history_dtype=None)
         state = tx.init(weights)
         out = jax.eval_shape(tx.update, weights, state, weights)
         chex.assert_trees_all_equal_shapes_and_dtypes(out, (weights, state))

@@ -60,12 +60,11 @@ def test_bytes_count_the_dtype():
 
 
 def test_each_part_is_what_the_formulas_say():
-    tx = ng.natural_galore(1e-3, R, history=S)
-    report = ng.state_report(tx.init(PARAMS))
+    report = ng.state_report(ng.natural_galore(1e-3, R, history=S).init(PARAMS))
     unprojected = LAYERS * M + 10 * M
     assert report == {
         "basis": 4 * LAYERS * M * R + COUNT,
-        "history": 4 * LAYERS * (S * R * N + S * S) + COUNT,
+        "history": LAYERS * (S * (R + 2) * N + 4 * S * S) + COUNT,
         "moments": 4 * LAYERS * 2 * R * N + COUNT,
         "residual": 4 * LAYERS * (N + 1),
         "unprojected": 4 * 2 * unprojected + COUNT,
@@ -82,12 +81,15 @@ def test_natural_minus_galore_is_the_history():
     def size(tx):
         return ng.state_bytes(tx.init(PARAMS))
 
-    difference = size(ng.natural_galore(1e-3, R, history=S, residual=None))
-    difference -= size(ng.galore(1e-3, R))
-    assert difference == 4 * LAYERS * (S * R * N + S * S) + COUNT
-    half = ng.natural_galore(1e-3, R, history=S, history_dtype=jnp.bfloat16)
-    whole = ng.natural_galore(1e-3, R, history=S)
-    assert size(whole) - size(half) == 2 * LAYERS * S * R * N
+    def difference(history_dtype):
+        tx = ng.natural_galore(
+            1e-3, R, history=S, residual=None, history_dtype=history_dtype
+        )
+        return size(tx) - size(ng.galore(1e-3, R))
+
+    assert difference(None) == 4 * LAYERS * (S * R * N + S * S) + COUNT
+    assert difference(None) - difference("bfloat16") == 2 * LAYERS * S * R * N
+    assert difference("bfloat16") - difference("int8") == LAYERS * S * (R - 2) * N
 
 
 def test_whatever_lies_outside_low_rank_is_unprojected():
