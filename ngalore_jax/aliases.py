@@ -332,7 +332,7 @@ def _optimizer(
         {"low_rank": projected, "full_rank": optax.chain(guard, full_rank)}, labels
     )
     if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return optimizer  # parameters need not be read
+        return optax.chain(optimizer, optax.identity())  # parameters are not read
 
     def decaying(label: str) -> Callable[[optax.Params], Any]:
         def choose(params: optax.Params) -> Any:

@@ -1,9 +1,10 @@
 """Counts what a compiled program does: bytes by kind of collective, FLOPs of products.
 
 XLA's own figures count the body of a loop once. Here a body counts as often as its
-loop runs, which the program says in one of two ways: `known_trip_count`, or a
-condition `counter < N` on a counter that starts at 0 and rises by 1, which is what
-`lax.scan` makes. A loop that says neither counts once and is reported as unknown.
+loop runs, which the program says in one of three ways: `known_trip_count`; a condition
+`counter < N` on a counter that starts at 0 and rises by 1, which is what `lax.scan`
+makes; or a flag that the body lowers, one turn at most. A loop that says none of these
+counts once and is reported as unknown.
 
 Only text is read, in the form of `compiled.as_text()`, for the partitioned program of
 one device.
@@ -123,7 +124,7 @@ class _Counter:
                 return Counts(flops=_convolution_flops(instruction, operands))
             case "while":
                 names = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", attributes))
-                trips = self._trip_count(attributes, names["condition"])
+                trips = self._trip_count(attributes, names["condition"], names["body"])
                 body = self.computation(names["body"])
                 if trips is None:
                     return body + Counts(unknown_loops=1)
@@ -142,17 +143,33 @@ class _Counter:
                 return self.computation(called[1])
         return Counts()
 
-    def _trip_count(self, attributes: str, condition: str) -> int | None:
+    def _trip_count(self, attributes: str, condition: str, body: str) -> int | None:
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes):
             return int(known[1])
         by_name = {i.name: i for i in self.program.computations[condition]}
         root = next(i for i in by_name.values() if i.is_root)
+        if root.opcode == "get-tuple-element":
+            return 1 if self._lowers(body, root.attributes) else None
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
             return None
         counter, limit = (by_name[name] for name in root.operands)
         if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
             return None
         return int(limit.operands[0])
+
+    def _lowers(self, body: str, flag: str) -> bool:
+        """Whether a loop's body makes a flag of its state false whatever happens."""
+        by_name = {i.name: i for i in self.program.computations[body]}
+        root = next(i for i in by_name.values() if i.is_root)
+        index = int(re.search(r"\bindex=(\d+)", flag)[1])
+        value = by_name.get(root.operands[index]) if root.opcode == "tuple" else None
+        while value is not None and value.opcode in ("copy", "bitcast", "broadcast"):
+            value = by_name.get(value.operands[0])
+        return (
+            value is not None
+            and value.opcode == "constant"
+            and value.operands == ("false",)
+        )
 
     def _collective(
         self,

@@ -129,6 +129,19 @@ def test_a_loop_that_does_not_say_how_often_is_reported_and_counted_once():
     assert counts == Counts(flops=2 * 16**3, unknown_loops=1)
 
 
+def test_a_loop_whose_flag_its_body_lowers_has_one_turn():
+    def loop(x, go, again):
+        def turn(carry):
+            return again(carry[0]), jnp.tanh(carry[1] @ carry[1])
+
+        return lax.while_loop(lambda carry: carry[0], turn, (go > 0, x))[1]
+
+    once = functools.partial(loop, again=lambda go: jnp.array(False))
+    assert counts_of(once, (16, 16), ()) == Counts(flops=2 * 16**3)
+    often = functools.partial(loop, again=lambda go: go)
+    assert counts_of(often, (16, 16), ()).unknown_loops == 1
+
+
 def test_of_branches_the_larger_one_counts():
     def branch(x, here):
         return lax.cond(here > 0, lambda: x, lambda: jnp.tanh(x @ x) @ x)
