@@ -12,9 +12,9 @@ from experiments.bench.records import Row
 def draw(rows: Sequence[Row], folder: Path) -> list[str]:
     """Draws what was measured into a folder, and returns the files' names."""
     drawers: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
-        "update": lambda rows: _bars(rows, "update", "/ optax_galore, steady update"),
-        "refresh": lambda rows: _bars(rows, "refresh", "/ optax_galore, refresh"),
-        "step": lambda rows: _bars(rows, "amortised", "/ adamw, training step"),
+        "update": lambda rows: _ratios(rows, "update", "/ optax_galore, steady update"),
+        "refresh": lambda rows: _ratios(rows, "refresh", "/ optax_galore, refresh"),
+        "step": lambda rows: _ratios(rows, "amortised", "/ adamw, training step"),
         "compile": _compile,
         "energy": _energy,
         "growth": _growth,
@@ -28,7 +28,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[str]:
     return names
 
 
-def _bars(rows: Sequence[Row], figure_name: str, label: str) -> Figure | None:
+def _ratios(rows: Sequence[Row], figure_name: str, label: str) -> Figure | None:
     """Ratios with their quartiles, a panel a setting."""
     rows = [row for row in rows if f"{figure_name}_ratio" in row.figures]
     settings = list(dict.fromkeys((row.shapes, row.layout, row.dtype) for row in rows))
@@ -47,10 +47,16 @@ def _bars(rows: Sequence[Row], figure_name: str, label: str) -> Figure | None:
             [at - m for m, at in zip(middle, high, strict=True)],
         ]
         names = [row.optimizer for row in mine]
-        axes.barh(names, middle, xerr=errors, color="tab:blue", alpha=0.7)
+        axes.errorbar(middle, names, xerr=errors, fmt="o", capsize=3)
+        for ratio, name in zip(middle, names, strict=True):
+            axes.annotate(
+                f"{ratio:.2f}", (ratio, name), (0, 7), textcoords="offset points"
+            )
         axes.axvline(1, color="black", linewidth=1)
+        axes.set_xscale("log")
+        axes.margins(x=0.15, y=0.15)
         axes.invert_yaxis()
-        axes.set(title=", ".join(setting), xlabel=label)
+        axes.set(title=", ".join(setting[1:]), xlabel=f"{setting[0]}: {label}")
     return figure
 
 
