@@ -72,8 +72,8 @@ def llama(
 def _rank_and_steps(name: PresetName, optimizer: OptimizerName) -> tuple[int, int]:
     """GaLore's rank, or that which serves Natural GaLore; and steps.
 
-    With the gradient outside the subspace put back, a sixteenth of the hidden size is
-    enough (experiments/README.md, "What small state costs").
+    A sixteenth of the hidden size, with the gradient outside the subspace put back:
+    experiments/README.md, "What small state costs", says what that does on the demo.
     """
     rank, steps = _RANK_AND_STEPS[name]
     natural = optimizer == "natural_galore"

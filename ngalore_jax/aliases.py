@@ -92,8 +92,7 @@ def natural_galore(
     Args:
       learning_rate: :math:`\eta`, a number or an optax schedule.
       rank: Directions kept of the projected side of each matrix. None: a sixteenth of
-        its smaller side, enough with the gradient outside the subspace put back;
-        GaLore's published ranks are about a quarter.
+        its smaller side; GaLore's published ranks are about a quarter.
       update_proj_gap: Steps between refreshes of the basis.
       scale: :math:`\alpha`, a factor on the update of projected leaves.
       history: Gradients in the Fisher, the current one included.

@@ -104,8 +104,8 @@ def update_at_once(
         params = optax.apply_updates(params, updates)
         return jnp.array(False), params, opt_state, _norm(updates)
 
-    # A loop of one turn or none. `where` on every leaf would keep the old state alive
-    # beside the new one; in a branch, XLA's CPU compiler uses one core.
+    # A loop of one turn or none; `where` on every leaf would keep the old state alive
+    # beside the new one.
     _, params, opt_state, update_norm = jax.lax.while_loop(
         lambda carry: carry[0],
         update,
