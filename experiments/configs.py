@@ -13,6 +13,7 @@ from experiments.models.llama import LlamaConfig
 
 PresetName = Literal[
     "demo",
+    "small",
     "llama_9m",
     "llama_20m",
     "llama_35m",

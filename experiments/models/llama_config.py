@@ -104,9 +104,10 @@ def _preset(
     )
 
 
-# Shapes of the published runs; "demo" trains on two CPU cores.
+# Shapes of the published runs; "demo" and "small" train on two CPU cores.
 PRESETS: dict[str, LlamaConfig] = {
     "demo": _preset(128, 352, 4, 4, vocab=2048),
+    "small": _preset(256, 688, 4, 7, vocab=2048),
     "llama_9m": _preset(128, 352, 4, 4),
     "llama_20m": _preset(256, 688, 4, 4),
     "llama_35m": _preset(384, 1024, 8, 6),
