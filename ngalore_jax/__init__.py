@@ -7,6 +7,7 @@ from ngalore_jax.matrices import MatrixDimensionNumbers, default_dimension_numbe
 from ngalore_jax.moments import scale_by_subspace_adam
 from ngalore_jax.natural import NaturalGradientState, scale_by_natural_gradient
 from ngalore_jax.projectors import eigh, gaussian, subspace_iteration, svd
+from ngalore_jax.reference import reference
 from ngalore_jax.residual import Residual, ResidualState, compensation
 from ngalore_jax.subspace import SubspaceChange
 
@@ -25,6 +26,7 @@ __all__ = [
     "gaussian",
     "low_rank",
     "natural_galore",
+    "reference",
     "scale_by_natural_gradient",
     "scale_by_subspace_adam",
     "state_bytes",

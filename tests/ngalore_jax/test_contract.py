@@ -129,6 +129,8 @@ STEP_SIZE = dict.fromkeys(NAMES, -LEARNING_RATE) | {
     "natural_galore": 1.0,
     "natural_galore(int8)": 1.0,
     "natural_galore(PAPER)": 8.0,
+    "reference": 1.0,
+    "reference(online)": 1.0,
 }
 
 
