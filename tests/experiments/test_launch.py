@@ -11,8 +11,9 @@ import pytest
 import tyro
 import yaml
 
-from experiments import compile_tpu, kill_test, mesh_test, presets, study
+from experiments import compile_tpu, kill_test, mesh_test, presets
 from experiments.bench import config as bench_config
+from experiments.study import config as study_config
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
@@ -53,8 +54,7 @@ def parse(module, args):
         case "mesh_test":
             tyro.cli(mesh_test.MeshTestConfig, args=args)
         case "study":
-            _, extra = tyro.cli(study.StudyConfig, args=args, return_unknown_args=True)
-            presets.parse(extra)
+            study_config.parse_args(args)
         case _:
             pytest.fail(f"say here how {module} reads its arguments")
 

@@ -1,0 +1,126 @@
+"""What a study compares, and the runs that it is made of."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from experiments.configs import OptimizerName, PretrainConfig
+from experiments.presets import parse
+from experiments.training.record import compare
+
+# The study gives these to each run itself.
+_OWN = ("seed", "run-dir", "checkpoint-dir", "resume", "auto-resume", "overwrite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run of a study."""
+
+    arm: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Folder name, which says what the run is."""
+        return f"{self.arm}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A way to train, but for learning rate and seed.
+
+    Attributes:
+        name: What tables and plots call it.
+        arguments: Those of experiments.pretrain that make it.
+        config: What they stand for; its learning rate is the one that factors are on.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    config: PretrainConfig
+
+    def run(self, factor: float, seed: int) -> Run:
+        """Returns the run at a factor on the arm's own learning rate."""
+        # Rounded as the records are, so that a run is found again in them.
+        return Run(self.name, float(f"{factor * self.config.learning_rate:.6g}"), seed)
+
+    def settings(self, run: Run, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+        """Returns all that decides what comes of a run.
+
+        Args:
+            run: One of this arm's.
+            fingerprints: Of text and tokenizer.
+        """
+        config = dataclasses.replace(
+            self.config,
+            optimization=dataclasses.replace(
+                self.config.optimization, learning_rate=run.learning_rate
+            ),
+            run=dataclasses.replace(self.config.run, seed=run.seed),
+        )
+        of_run = config.as_dict()["run"]
+        return config.identity() | {
+            "eval_every": of_run["eval_every"],
+            "microbatches": of_run["microbatches"],
+            "fingerprints": dict(fingerprints),
+        }
+
+
+def parse_arms(specs: Sequence[str], common: Sequence[str]) -> list[Arm]:
+    """Reads arms from the command line.
+
+    Args:
+        specs: METHOD, or NAME=ARGUMENTS of experiments.pretrain.
+        common: Arguments that go to every run; an arm's own take their place.
+
+    Raises:
+        ValueError: There is none, or two of a name; a name that is no method and has
+            no arguments; arguments that are the study's; arms that read other text.
+    """
+    if not specs:
+        raise ValueError("a study needs an arm: --arms METHOD or 'NAME=ARGUMENTS'.")
+    arms = [_parse_arm(spec, common) for spec in specs]
+    names = [arm.name for arm in arms]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two arms are named {twice[0]}: give each a name of its own.")
+    first = _text(arms[0])
+    for arm in arms:
+        if differences := compare(first, _text(arm)):
+            raise ValueError(
+                f"{arm.name} does not learn the same text as {arms[0].name} "
+                f"({'; '.join(differences)}), so that their losses are no comparison: "
+                "give text, tokenizer, vocabulary and lengths to all arms alike."
+            )
+    return arms
+
+
+def _parse_arm(spec: str, common: Sequence[str]) -> Arm:
+    name, equals, text = spec.partition("=")
+    if not equals and name not in get_args(OptimizerName):
+        raise ValueError(
+            f"{name!r} is no method ({', '.join(get_args(OptimizerName))}): give one "
+            "of these, or 'NAME=ARGUMENTS' as in 'low=--optimizer galore --rank 4'."
+        )
+    if not re.fullmatch(r"[\w.=,+-]+", name):
+        raise ValueError(
+            f"{name!r} is to be a folder's name: give an arm letters, digits and any "
+            "of _.,+- as its name."
+        )
+    own = shlex.split(text) if equals else ["--optimizer", name]
+    for word in (*common, *own):
+        flag = word.split("=")[0].removeprefix("--").replace("_", "-")
+        if word.startswith("--") and flag in _OWN:
+            raise ValueError(
+                f"{word} is the study's to give: --seeds and --study-dir say which "
+                "seeds, and where runs lie."
+            )
+    arguments = (*common, *own)
+    return Arm(name, arguments, parse(arguments))
+
+
+def _text(arm: Arm) -> dict[str, Any]:
+    config = arm.config.as_dict()
+    return config["text"] | {"model.vocab_size": config["model"]["vocab_size"]}

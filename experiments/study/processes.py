@@ -1,0 +1,58 @@
+"""Training runs in processes of their own, with one CPU core each."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+# A share of the accelerator, where there is one, instead of nearly all of its memory.
+_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+_ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+class Processes:
+    """Runs of experiments.pretrain; all of them can be told to save and end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+
+    def run(self, arguments: Sequence[str], log: Path) -> int:
+        """Runs the command to its end; any thread may call it.
+
+        Args:
+            arguments: Of experiments.pretrain.
+            log: File that takes what it prints.
+
+        Returns:
+            Its exit code; that of SIGTERM, without a start, after `stop`.
+        """
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {_ONE_CORE}".strip()
+        with log.open("wb") as output:
+            with self._lock:
+                if self._stopped:
+                    return 143
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "experiments.pretrain", *arguments],
+                    env=_ENVIRONMENT | os.environ | {"XLA_FLAGS": flags},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+                self._running.add(process)
+            try:
+                return process.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+
+    def stop(self) -> None:
+        """Tells all to save and end, and starts no other."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                # Ctrl-C has reached them already; a SIGTERM beside it does no harm.
+                process.terminate()

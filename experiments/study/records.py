@@ -1,0 +1,197 @@
+"""study.json: all that is left of the runs of a study, and all that it rests on."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from experiments.presets import preset
+from experiments.study.arms import Arm, Run
+from experiments.training.record import compare
+
+_FORMAT = 1
+_DIGITS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    Attributes:
+        run: Which one.
+        settings: As of `Arm.settings`.
+        curve: Columns of its evaluations: `step`, and up to there `tokens` and
+            `seconds` (of training steps, the first of which compiles), and
+            `validation_loss`, None where it is not finite.
+        state_bytes: Of the optimizer: `all`, and of the `matrices` alone.
+        parameters: Number of them, likewise.
+        versions: Of what it was made with.
+        diverged: The message that it ended with early; None if it did not.
+    """
+
+    run: Run
+    settings: dict[str, Any]
+    curve: dict[str, list[Any]]
+    state_bytes: dict[str, int]
+    parameters: dict[str, int]
+    versions: dict[str, str]
+    diverged: str | None = None
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Validation loss by step; infinite where it is not finite."""
+        pairs = zip(self.curve["step"], self.curve["validation_loss"], strict=True)
+        return {step: math.inf if loss is None else loss for step, loss in pairs}
+
+    @property
+    def final_loss(self) -> float:
+        """Loss at the end; infinite if the run diverged."""
+        if self.diverged is not None:
+            return math.inf
+        return self.losses[max(self.losses)]
+
+    @property
+    def seconds(self) -> float:
+        """Training time."""
+        return self.curve["seconds"][-1] if self.curve["seconds"] else math.nan
+
+
+class Records:
+    """The records of a study and their file, which is replaced as a whole.
+
+    Attributes:
+        path: The file, study.json.
+        kind: "study", or "sensitivity" of a method's settings.
+        seeds: The first one is that of the tuning.
+        commands: Command lines that have made or added runs.
+        runs: What each run has left.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        *,
+        seeds: Sequence[int] = (),
+        commands: Sequence[str] = (),
+        runs: Sequence[Record] = (),
+    ) -> None:
+        self.path = path
+        self.kind = kind
+        self.seeds = list(seeds)
+        self.commands = list(commands)
+        self.runs = {record.run: record for record in runs}
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads a file.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            ValueError: It is no study's, or another version's.
+        """
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is not there: give a folder in which `python -m "
+                "experiments.study --study-dir FOLDER` has finished a run."
+            )
+        try:
+            facts = json.loads(path.read_text("utf-8"))
+            if facts.pop("format") != _FORMAT:
+                raise ValueError("it has another format")
+            runs = [_parse(fields) for fields in facts.pop("runs")]
+            if unknown := {record.run.seed for record in runs} - {*facts["seeds"]}:
+                raise ValueError(f"seeds lacks {min(unknown)}, which a run has")
+            return cls(path, **facts, runs=runs)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no study.json of this version ({type(error).__name__}: "
+                f"{error}): mend it, or give the study another --study-dir."
+            ) from error
+
+    @property
+    def final_losses(self) -> dict[Run, float]:
+        """Final loss of every run; infinite if it diverged."""
+        return {run: record.final_loss for run, record in self.runs.items()}
+
+    def check(self, arms: Sequence[Arm], fingerprints: Mapping[str, str]) -> None:
+        """Refuses to go on with records that are not of these arms and this text.
+
+        Raises:
+            ValueError: A run has the name of one of theirs, but other settings.
+        """
+        named = {arm.name: arm for arm in arms}
+        for run, record in self.runs.items():
+            if run.arm not in named:
+                continue
+            now = _rounded(named[run.arm].settings(run, fingerprints))
+            if differences := compare(_completed(record.settings), now):
+                raise ValueError(
+                    f"{self.path} has {run.name} with other settings "
+                    f"({'; '.join(differences)}): give the arm another name, or the "
+                    "study another --study-dir."
+                )
+
+    def add(self, record: Record) -> None:
+        """Takes a record and writes the file."""
+        self.runs[record.run] = record
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file: a line a run, in an order that does not depend on time."""
+        facts = {
+            "format": _FORMAT,
+            "kind": self.kind,
+            "seeds": self.seeds,
+            "commands": self.commands,
+        }
+        by_name = sorted(
+            self.runs, key=lambda run: (run.arm, run.learning_rate, run.seed)
+        )
+        head = "".join(f"{_dump(key)}: {_dump(facts[key])},\n" for key in facts)
+        lines = ",\n".join(_dump(_fields(self.runs[run])) for run in by_name)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text(f'{{\n{head}"runs": [\n{lines}\n]\n}}\n', "utf-8")
+        os.replace(unfinished, self.path)
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    fields = dataclasses.asdict(record)
+    return _rounded(fields.pop("run") | fields)
+
+
+def _parse(fields: Mapping[str, Any]) -> Record:
+    rest = dict(fields)
+    run = Run(rest.pop("arm"), rest.pop("learning_rate"), rest.pop("seed"))
+    return Record(run, **rest)
+
+
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that came after a record was made are the defaults that it had."""
+    method = settings["optimization"]["optimizer"]
+    defaults = _rounded(preset(settings["preset"], method).identity())
+    return _over(defaults, settings)
+
+
+def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(defaults)
+    for name, value in given.items():
+        both = isinstance(value, Mapping) and isinstance(defaults.get(name), Mapping)
+        merged[name] = _over(defaults[name], value) if both else value
+    return merged
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)

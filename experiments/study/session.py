@@ -1,0 +1,88 @@
+"""One call of a command that trains: text, records, runs, report."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from experiments.study.arms import Arm
+from experiments.study.conduct import Conductor
+from experiments.study.records import Records
+from experiments.study.report import show_report
+from experiments.study.shared_text import prepare
+from experiments.study.tuning import Budget
+
+_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What a command line asks for.
+
+    Attributes:
+        kind: As of `Records`.
+        arms: What is compared.
+        budget: What each of them gets.
+        folder: Where study.json lies, or will.
+        workers: Runs at a time.
+        command: The command line.
+    """
+
+    kind: str
+    arms: Sequence[Arm]
+    budget: Budget
+    folder: Path
+    workers: int
+    command: str
+
+    def carry_out(self, console: Console) -> int:
+        """Does what is not done yet, reports, and returns the shell's exit code.
+
+        Raises:
+            OSError: The folder cannot be written, or there is no such text.
+            ValueError: The text cannot be read, or the folder's study.json is another
+                study's.
+        """
+        # Here shapes are looked at, no more: an accelerator is for the runs alone.
+        jax.config.update("jax_platforms", "cpu")
+        runs = self.folder / "runs"
+        records = self._records()
+        try:
+            text = prepare(self.arms[0].config, runs / "text", console)
+        except KeyboardInterrupt:
+            return _INTERRUPTED
+        records.check(self.arms, text.fingerprints)
+        conductor = Conductor(self.arms, self.budget, records, text, runs, self.workers)
+        stopped_by = conductor.conduct(console)
+        if records.runs:
+            records.write()
+            show_report(records, console)
+        for run, message in conductor.failures.items():
+            print(f"error: {run.name}: {message}", file=sys.stderr)
+        if stopped_by is not None:
+            console.print("Saved. Start the same command again to go on.")
+            return 128 + stopped_by
+        return 1 if conductor.failures else 0
+
+    def _records(self) -> Records:
+        """The folder's records, which are told of this command."""
+        path = self.folder / "study.json"
+        records = Records.read(path) if path.exists() else Records(path, self.kind)
+        if records.kind != self.kind:
+            raise ValueError(
+                f"{path} is of another kind, {records.kind}, not {self.kind}: give "
+                "another --study-dir."
+            )
+        first, *_ = seeds = self.budget.seeds
+        if records.seeds and records.seeds[0] != first:
+            raise ValueError(
+                f"{path} is tuned on seed {records.seeds[0]}, not {first}: give that "
+                "one first, or another --study-dir."
+            )
+        records.seeds += [seed for seed in seeds if seed not in records.seeds]
+        if self.command not in records.commands:
+            records.commands.append(self.command)
+        return records
