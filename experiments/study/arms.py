@@ -83,6 +83,16 @@ def parse_arms(specs: Sequence[str], common: Sequence[str]) -> list[Arm]:
     if not specs:
         raise ValueError("a study needs an arm: --arms METHOD or 'NAME=ARGUMENTS'.")
     arms = [_parse_arm(spec, common) for spec in specs]
+    check_comparable(arms)
+    return arms
+
+
+def check_comparable(arms: Sequence[Arm]) -> None:
+    """Refuses arms that cannot stand in one table.
+
+    Raises:
+        ValueError: Two have one name, or read other text.
+    """
     names = [arm.name for arm in arms]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two arms are named {twice[0]}: give each a name of its own.")
@@ -94,7 +104,27 @@ def parse_arms(specs: Sequence[str], common: Sequence[str]) -> list[Arm]:
                 f"({'; '.join(differences)}), so that their losses are no comparison: "
                 "give text, tokenizer, vocabulary and lengths to all arms alike."
             )
-    return arms
+
+
+def make_arm(name: str, arguments: Sequence[str]) -> Arm:
+    """Returns the arm that these arguments of experiments.pretrain make.
+
+    Raises:
+        ValueError: A name that cannot be a folder's, or arguments that are the study's.
+    """
+    if not re.fullmatch(r"[\w.=,+-]+", name):
+        raise ValueError(
+            f"{name!r} is to be a folder's name: give an arm letters, digits and any "
+            "of _.,+- as its name."
+        )
+    for word in arguments:
+        flag = word.split("=")[0].removeprefix("--").replace("_", "-")
+        if word.startswith("--") and flag in _OWN:
+            raise ValueError(
+                f"{word} is the study's to give: --seeds and --study-dir say which "
+                "seeds, and where runs lie."
+            )
+    return Arm(name, tuple(arguments), parse(arguments))
 
 
 def _parse_arm(spec: str, common: Sequence[str]) -> Arm:
@@ -104,21 +134,8 @@ def _parse_arm(spec: str, common: Sequence[str]) -> Arm:
             f"{name!r} is no method ({', '.join(get_args(OptimizerName))}): give one "
             "of these, or 'NAME=ARGUMENTS' as in 'low=--optimizer galore --rank 4'."
         )
-    if not re.fullmatch(r"[\w.=,+-]+", name):
-        raise ValueError(
-            f"{name!r} is to be a folder's name: give an arm letters, digits and any "
-            "of _.,+- as its name."
-        )
     own = shlex.split(text) if equals else ["--optimizer", name]
-    for word in (*common, *own):
-        flag = word.split("=")[0].removeprefix("--").replace("_", "-")
-        if word.startswith("--") and flag in _OWN:
-            raise ValueError(
-                f"{word} is the study's to give: --seeds and --study-dir say which "
-                "seeds, and where runs lie."
-            )
-    arguments = (*common, *own)
-    return Arm(name, arguments, parse(arguments))
+    return make_arm(name, [*common, *own])
 
 
 def _text(arm: Arm) -> dict[str, Any]:

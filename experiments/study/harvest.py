@@ -106,7 +106,6 @@ def weigh(arm: Arm) -> dict[str, dict[str, int]]:
     }
 
 
-@functools.cache
 def versions() -> dict[str, str]:
     """Returns the versions of what losses depend on, with the commit if there is one.
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from experiments.study.plots import draw
 from experiments.study.records import Records
+from experiments.study.sensitivity_report import sensitivity_markdown
 from experiments.study.summary import summarize
 from experiments.study.table import study_markdown
 
@@ -37,9 +39,13 @@ def show_report(records: Records, console: Console) -> None:
     if not summaries:
         console.print("Nothing to report: no run on the first seed has ended.")
         return
-    path = folder / "study.md"
-    path.write_text(study_markdown(records, summaries, []), "utf-8")
-    console.print(path.read_text("utf-8"), markup=False, soft_wrap=True)
+    if records.kind == "sensitivity":
+        text = sensitivity_markdown(records, summaries, folder)
+    else:
+        text = study_markdown(records, summaries, draw(summaries, folder))
+    path = folder / f"{records.kind}.md"
+    path.write_text(text, "utf-8")
+    console.print(text, markup=False, soft_wrap=True)
     console.print(f"Report: {path}", markup=False, soft_wrap=True)
 
 

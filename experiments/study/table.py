@@ -68,11 +68,25 @@ def order_line(summaries: Sequence[Summary]) -> str:
 
 
 def notes(records: Records, summaries: Sequence[Summary]) -> list[str]:
-    """Returns the paragraphs under the table."""
-    first = summaries[0].records[0]
-    seeds = ", ".join(map(str, records.seeds))
+    """Returns what the table's figures are, and where they are from."""
     halves = sorted({summary.half for summary in summaries if summary.steps})
     steps = sorted({summary.records[0].settings["steps"] for summary in summaries})
+    return [
+        f"Half and end: after {_words(halves)} and {_words(steps)} steps. Learning "
+        f"rates were tried on seed {records.seeds[0]}; inside: the best of them lies "
+        "between worse ones.",
+        *provenance(records, summaries[0]),
+    ]
+
+
+def provenance(records: Records, summary: Summary) -> list[str]:
+    """Returns what holds for all figures, and how they were made.
+
+    Args:
+        records: All runs.
+        summary: Of the arm whose model is described.
+    """
+    first = summary.records[0]
     adam = sorted(
         {
             record.settings["optimization"]["adam_learning_rate"]
@@ -86,17 +100,16 @@ def notes(records: Records, summaries: Sequence[Summary]) -> list[str]:
         }
     )
     return [
-        f"Validation loss in nats per token: medians over seeds {seeds}, after "
-        f"{_words(halves)} and {_words(steps)} steps. Learning rates were tried on "
-        f"seed {records.seeds[0]}. Preset {first.settings['preset']}, "
+        "Validation loss in nats per token, medians over seeds "
+        f"{', '.join(map(str, records.seeds))}. Preset {first.settings['preset']}; "
         f"{first.parameters['matrices'] / 1e6:.2f} M of "
-        f"{first.parameters['all'] / 1e6:.2f} M parameters in the matrices "
-        f"({summaries[0].arm}); text {first.settings['fingerprints']['text'][:12]}.",
-        "The arms differ in how the matrices of attention and MLP are trained: "
-        "embeddings, norms and output layer are on Adam (learning rate "
-        f"{_words(adam)}) in every row, unless an arm's name says otherwise, and their "
-        "state is part of the first of the two. Seconds are of training steps, without "
-        "evaluations, the first of which compiles.",
+        f"{first.parameters['all'] / 1e6:.2f} M parameters are in the matrices of "
+        f"attention and MLP ({summary.arm}). Text "
+        f"{first.settings['fingerprints']['text'][:12]}.",
+        "Embeddings, norms and output layer are on Adam (learning rate "
+        f"{_words(adam)}) in every row, unless the arguments of an arm say otherwise, "
+        "and their state is in the first of the two. A run's seconds are those of "
+        "training steps, the first of which compiles, without evaluations.",
         "Made by:\n\n" + "\n".join(f"    {command}" for command in records.commands),
         f"With {'; '.join(versions)}.",
     ]

@@ -14,6 +14,7 @@ import yaml
 from experiments import compile_tpu, kill_test, mesh_test, presets
 from experiments.bench import config as bench_config
 from experiments.study import config as study_config
+from experiments.study import report, sensitivity
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
@@ -55,6 +56,10 @@ def parse(module, args):
             tyro.cli(mesh_test.MeshTestConfig, args=args)
         case "study":
             study_config.parse_args(args)
+        case "study.sensitivity":
+            sensitivity.parse_args(args)
+        case "study.report":
+            tyro.cli(report.ReportConfig, args=args)
         case _:
             pytest.fail(f"say here how {module} reads its arguments")
 

@@ -1,6 +1,5 @@
 """The command: same tries for all, nothing twice, nothing lost."""
 
-import json
 import os
 import shutil
 import signal
@@ -184,14 +183,16 @@ def test_the_report_is_made_again_without_a_run(command, runs, tmp_path, capsys)
     assert command() == 0
     folder = tmp_path / "study"
     table = (folder / "study.md").read_text()
-    (folder / "study.md").unlink()
+    pictures = ["loss_tokens.png", "loss_seconds.png", "loss_state.png"]
+    assert all(f"]({name})" in table for name in pictures)
+    for name in ["study.md", *pictures]:
+        (folder / name).unlink()
     del runs.started[:]
     capsys.readouterr()
     assert report.main([str(folder), str(folder)]) == 0
     assert (folder / "study.md").read_text() == table
+    assert all((folder / name).stat().st_size > 10_000 for name in pictures)
     assert capsys.readouterr().out.count("| adamw | 0.0005 |") == 2
     assert not runs.started
-    facts = json.loads((folder / "study.json").read_text())
-    facts["kind"] = "sensitivity"
     assert report.main([f"{tmp_path}/nowhere"]) == 1
     assert "nowhere/study.json is not there" in capsys.readouterr().err

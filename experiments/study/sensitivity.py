@@ -1,0 +1,153 @@
+"""How much settings matter: `python -m experiments.study.sensitivity --help`.
+
+A study whose arms are a method at its defaults, and the same with one setting at
+another value; the learning rate is held.
+"""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from experiments.configs import OptimizerConfig, OptimizerName, PresetName
+from experiments.study.arms import Arm, check_comparable, make_arm
+from experiments.study.config import CORES
+from experiments.study.records import Records
+from experiments.study.session import Session
+from experiments.study.tuning import Budget
+
+PROGRAM = "python -m experiments.study.sensitivity"
+
+
+@dataclasses.dataclass(frozen=True)
+class SensitivityConfig:
+    """Vary one setting of a method at a time around its defaults.
+
+    The learning rate is held, also for settings that act like a step size. Arguments
+    that are not among those below go to every run and are the defaults varied around:
+
+    python -m experiments.study.sensitivity --learning-rate 4e-3 --vary rank=2,4,8,16,32
+    --vary history=1,5,20,40 --steps 800 --data 'texts/*.txt' --study-dir runs/mine
+
+    As with experiments.study, Ctrl-C saves, the same command goes on, more values and
+    seeds are added to what study.json has, and `python -m experiments.study.report
+    FOLDER` makes sensitivity.md and its plot again.
+
+    Attributes:
+        vary: SETTING=VALUE,VALUE,... of the optimizer; once a setting.
+        preset: Model and run settings, as of experiments.pretrain.
+        method: Whose settings they are.
+        learning_rate: Of the matrices. None: the method's own.
+        seeds: The median is over all of them.
+        workers: Runs at a time, one CPU core each; they share an accelerator's memory.
+        study_dir: Folder of the results. None: runs/sensitivity-PRESET-METHOD.
+    """
+
+    vary: tyro.conf.UseAppendAction[tuple[str, ...]]
+    preset: PresetName = "demo"
+    method: OptimizerName = "natural_galore"
+    learning_rate: float | None = None
+    seeds: tuple[int, ...] = Budget.seeds
+    workers: int = CORES
+    study_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked alone."""
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be at least 1.")
+        if not self.vary:
+            raise ValueError("give a setting to vary, as in --vary rank=2,4,8.")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the results, its default resolved."""
+        default = Path("runs") / f"sensitivity-{self.preset}-{self.method}"
+        return self.study_dir or default
+
+
+def parse_args(args: Sequence[str]) -> tuple[SensitivityConfig, list[Arm]]:
+    """Reads the command line; the first arm is the method at its defaults.
+
+    A mistake in it is explained on stderr and ends the process with code 2.
+
+    Raises:
+        ValueError: A setting that there is not, or settings that do not fit.
+    """
+    config, extra = tyro.cli(
+        SensitivityConfig, args=args, prog=PROGRAM, return_unknown_args=True
+    )
+    common = ["--preset", config.preset, "--optimizer", config.method, *extra]
+    if config.learning_rate is not None:
+        common += ["--learning-rate", repr(config.learning_rate)]
+    base = make_arm(config.method, common)
+    arms = [base]
+    for spec in config.vary:
+        setting, values = _parse(spec)
+        for value in values:
+            flag = f"--{setting.replace('_', '-')}"
+            arm = make_arm(f"{setting}={value}", [*common, flag, value])
+            # One name for 1e-3 and 0.001, and none for the default.
+            arm = dataclasses.replace(arm, name=f"{setting}={_value(arm, setting)}")
+            if arm.config != base.config:
+                arms.append(arm)
+    check_comparable(arms)
+    return config, arms
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        config, arms = parse_args(args)
+        _check_rate(config.folder / "study.json", arms[0].run(1, 0).learning_rate)
+        session = Session(
+            "sensitivity",
+            arms,
+            Budget((1.0,), 0, config.seeds),
+            config.folder,
+            config.workers,
+            command=f"{PROGRAM} {shlex.join(args)}".strip(),
+        )
+        return session.carry_out(Console(highlight=False))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(spec: str) -> tuple[str, list[str]]:
+    setting, _, values = spec.partition("=")
+    setting = setting.replace("-", "_")
+    fields = [field.name for field in dataclasses.fields(OptimizerConfig)]
+    known = [name for name in fields if name not in ("optimizer", "learning_rate")]
+    if setting not in known or not values:
+        raise ValueError(
+            f"{spec!r} varies nothing: give SETTING=VALUE,VALUE,... with one of "
+            f"{', '.join(known)}."
+        )
+    return setting, values.split(",")
+
+
+def _value(arm: Arm, setting: str) -> Any:
+    value = getattr(arm.config.optimization, setting)
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _check_rate(path: Path, rate: float) -> None:
+    """Refuses to add runs at another learning rate than those that are there."""
+    if not path.exists():
+        return
+    others = {run.learning_rate for run in Records.read(path).runs} - {rate}
+    if others:
+        raise ValueError(
+            f"{path} has runs at learning rate {min(others):g}, not {rate:g}, and it "
+            "is to be held: give that one, or another --study-dir."
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
