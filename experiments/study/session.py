@@ -1,8 +1,10 @@
 """One call of a command that trains: text, records, runs, report."""
 
 import dataclasses
+import fcntl
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -42,10 +44,15 @@ class Session:
         """Does what is not done yet, reports, and returns the shell's exit code.
 
         Raises:
-            OSError: The folder cannot be written, or there is no such text.
+            OSError: The folder cannot be written, another command is at work in it, or
+                there is no such text.
             ValueError: The text cannot be read, or the folder's study.json is another
                 study's.
         """
+        with self._alone():
+            return self._work(console)
+
+    def _work(self, console: Console) -> int:
         # Here shapes are looked at, no more: an accelerator is for the runs alone.
         jax.config.update("jax_platforms", "cpu")
         runs = self.folder / "runs"
@@ -66,6 +73,21 @@ class Session:
             console.print("Saved. Start the same command again to go on.")
             return 128 + stopped_by
         return 1 if conductor.failures else 0
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other commands out of the folder: each would undo the other's file."""
+        runs = self.folder / "runs"
+        runs.mkdir(parents=True, exist_ok=True)
+        with (runs / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OSError(
+                    f"another command is at work in {self.folder}: wait for it, or "
+                    "give another --study-dir."
+                ) from error
+            yield
 
     def _records(self) -> Records:
         """The folder's records, which are told of this command."""

@@ -27,8 +27,8 @@ class SharedText:
 def prepare(config: PretrainConfig, folder: Path, console: Console) -> SharedText:
     """Reads the text as a run does, and keeps its tokens and its tokenizer.
 
-    Each run still reads the text itself, to know that it is the same: for the 50 MB of
-    Wikipedia that leaves 1 of 22 seconds.
+    Each run still reads the text itself, to know that it is the same; what takes the
+    time, training a tokenizer and tokenizing, is done here.
 
     Args:
         config: Settings of any of the runs.

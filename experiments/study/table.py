@@ -40,7 +40,8 @@ def arm_table(records: Records, summaries: Sequence[Summary]) -> list[str]:
         half, end = summary.losses(summary.half), summary.final
         state = summary.records[0].state_bytes
         seeds = len(summary.records)
-        few = "" if seeds == len(records.seeds) else f" ({seeds} of the seeds)"
+        every = len(records.seeds)
+        few = "" if seeds == every else f" ({seeds} of {every} seeds)"
         lines.append(
             f"| {summary.arm} | {summary.learning_rate:g} "
             f"| {len(summary.tried)}, {summary.place} "

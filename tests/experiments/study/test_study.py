@@ -170,6 +170,21 @@ def test_what_does_not_fit_is_refused(command, runs, tmp_path, capsys):
     assert not runs.started
 
 
+def test_two_commands_do_not_undo_each_other(command, runs, tmp_path, capsys):
+    def start_another(name):
+        inner.append(command("--arms", "galore"))
+
+    runs.on_start = start_another
+    inner: list[int] = []
+    one_run = ("--factors", "1", "--seeds", "0")
+    assert command("--arms", "adamw", *one_run) == 0
+    assert inner == [1]
+    assert "another command is at work in" in capsys.readouterr().err
+    runs.on_start = lambda name: None
+    assert command("--arms", "galore", *one_run) == 0
+    assert {run.arm for run in read(tmp_path).runs} == {"adamw", "galore"}
+
+
 def test_a_text_that_changes_meanwhile_is_noticed(command, runs, tmp_path, capsys):
     def edit(name):
         (tmp_path / "texts" / "3.txt").write_text(name)
