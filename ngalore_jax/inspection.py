@@ -9,6 +9,7 @@ import optax
 
 from ngalore_jax.low_rank import LowRankState
 from ngalore_jax.natural import NaturalGradientState
+from ngalore_jax.two_sided import TwoSidedState
 
 
 def state_bytes(tree: Any) -> int:
@@ -40,10 +41,11 @@ def state_report(state: optax.OptState) -> dict[str, int]:
         ``jax.eval_shape``.
 
     Returns:
-      Bytes of ``basis`` (the projectors), ``history`` (gradients and Gram matrices of
-      the natural gradient), ``moments`` (everything else of the transform run inside
-      :func:`ngalore_jax.low_rank`), ``residual`` (the rule for the gradient outside the
-      subspace) and ``unprojected`` (whatever lies outside ``low_rank``: the moments of
+      Bytes of ``basis`` (the projectors, or the factors and what moves them),
+      ``history`` (gradients and Gram matrices of the natural gradient), ``moments``
+      (everything else of the transform run inside :func:`ngalore_jax.low_rank` or
+      :func:`ngalore_jax.reference`), ``residual`` (the rule for the gradient outside
+      the subspace) and ``unprojected`` (whatever lies outside these: the moments of
       embeddings and norms, counters). They add up to :func:`state_bytes`.
 
     Example:
@@ -61,18 +63,21 @@ def state_report(state: optax.OptState) -> dict[str, int]:
     parts = ("basis", "history", "moments", "residual", "unprojected")
     report: dict[str, int] = dict.fromkeys(parts, 0)
 
-    def is_low_rank(node: Any) -> bool:
-        return isinstance(node, LowRankState)
+    def is_projected(node: Any) -> bool:
+        return isinstance(node, LowRankState | TwoSidedState)
 
     def is_history(node: Any) -> bool:
         return isinstance(node, NaturalGradientState)
 
-    for node in jax.tree.leaves(state, is_leaf=is_low_rank):
-        if not is_low_rank(node):
+    for node in jax.tree.leaves(state, is_leaf=is_projected):
+        if not is_projected(node):
             report["unprojected"] += state_bytes(node)
             continue
-        report["basis"] += state_bytes((node.projector, node.count))
-        report["residual"] += state_bytes(node.residual)
+        if isinstance(node, TwoSidedState):
+            report["basis"] += state_bytes((node.factors, node.drift, node.count))
+        else:
+            report["basis"] += state_bytes((node.projector, node.count))
+            report["residual"] += state_bytes(node.residual)
         for part in jax.tree.leaves(node.inner, is_leaf=is_history):
             report["history" if is_history(part) else "moments"] += state_bytes(part)
     return report

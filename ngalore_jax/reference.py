@@ -58,6 +58,7 @@ def reference(
       \left\| \bar G - \bar G \times_1 U_1 U_1^\top \cdots \times_d U_d U_d^\top
         \right\|^2, \qquad \bar G = G / \|G\| .
 
+    The slope of a mode kept whole is rounding, which AdamW makes whole steps of.
     Nothing follows the factors when they move: history and moments stay as they are.
     All other leaves take the same Adam, step size and decay, without :math:`\alpha`.
 

@@ -82,6 +82,27 @@ def two_sided(
             drift=drift.init(factors),
         )
 
+    def move(
+        treedef: Any,
+        how: list[_Leaf],
+        tensors: list[jax.Array],
+        count: jax.Array,
+        factors: list[Factors],
+        drift_state: optax.OptState,
+    ) -> tuple[list[Factors], optax.OptState]:
+        slopes = [h.slope(g, u) for h, g, u in zip(how, tensors, factors)]
+        steps, drift_state = drift.update(
+            treedef.unflatten(slopes), drift_state, treedef.unflatten(factors)
+        )
+        rate = factor_learning_rate
+        rate = rate(count) if callable(rate) else rate
+        moved = jax.tree.map(
+            lambda u, step: u - jnp.asarray(rate, u.dtype) * step,
+            factors,
+            treedef.flatten_up_to(steps),
+        )
+        return moved, drift_state
+
     def update(
         updates: optax.Updates,
         state: Any,
@@ -112,25 +133,14 @@ def two_sided(
             )
         ]
 
-        def move(kept: tuple[list[Factors], optax.OptState]) -> Any:
-            factors, drift_state = kept
-            slopes = [h.slope(g, u) for h, g, u in zip(how, tensors, factors)]
-            steps, drift_state = drift.update(
-                treedef.unflatten(slopes), drift_state, treedef.unflatten(factors)
-            )
-            rate = factor_learning_rate
-            rate = rate(count) if callable(rate) else rate
-            moved = jax.tree.map(
-                lambda u, step: u - jnp.asarray(rate, u.dtype) * step,
-                factors,
-                treedef.flatten_up_to(steps),
-            )
-            return moved, drift_state
-
         drift_state = state.drift
         if online:
             steady = not due if isinstance(due, bool) else ~due
-            factors, drift_state = when(steady, move, (factors, drift_state))
+            factors, drift_state = when(
+                steady,
+                lambda kept: move(treedef, how, tensors, count, *kept),
+                (factors, drift_state),
+            )
         return treedef.unflatten(out), TwoSidedState(
             count=jnp.asarray(optax.safe_increment(count)),
             factors=treedef.unflatten(factors),

@@ -27,6 +27,7 @@ OPTIMIZERS = {
     "natural_galore": ng.natural_galore(1e-3, R, history=S),
     "bfloat16": ng.natural_galore(1e-3, R, history=S, history_dtype=jnp.bfloat16),
     "scheduled": ng.natural_galore(optax.linear_schedule(1.0, 0.0, 9), R),
+    "reference": ng.reference(1e-3, R, "online_natural_galore"),
     "inside": ng.low_rank(ng.scale_by_natural_gradient(S), R),
     "outside": ng.scale_by_natural_gradient(S),
     "injected": optax.inject_hyperparams(
@@ -68,6 +69,17 @@ def test_each_part_is_what_the_formulas_say():
         "moments": 4 * LAYERS * 2 * R * N + COUNT,
         "residual": 4 * LAYERS * (N + 1),
         "unprojected": 4 * 2 * unprojected + COUNT,
+    }
+
+
+def test_both_sides_and_what_moves_them_are_the_basis():
+    tx = ng.reference(1e-3, R, "online_natural_galore", history=S)
+    assert ng.state_report(tx.init(PARAMS)) == {
+        "basis": 4 * LAYERS * 3 * (M + N) * R + 2 * COUNT,
+        "history": 4 * LAYERS * (S * R * R + S * S) + COUNT,
+        "moments": 4 * LAYERS * 2 * R * R + COUNT,
+        "residual": 0,
+        "unprojected": 4 * 2 * (LAYERS * M + 10 * M) + COUNT,
     }
 
 
