@@ -17,7 +17,7 @@ from experiments.training.mesh import make_mesh
 from experiments.training.microbatches import LossFn
 from experiments.training.optimizer import (
     build_optimizer,
-    learning_rate_schedule,
+    matrix_schedule,
     takes_explicit_axes,
 )
 from experiments.training.state import TrainState
@@ -34,7 +34,7 @@ class Parts(NamedTuple):
 
 def parts_of(config: PretrainConfig) -> Parts:
     """Returns model, loss and optimizer of a config."""
-    init_params, apply = functional_llama(config.model)
+    init_params, apply = functional_llama(config.model, config.optimization.adapter)
     optimizer = build_optimizer(
         config.optimization,
         learning_rate=config.learning_rate,
@@ -77,9 +77,7 @@ def step_of(
     return make_train_step(
         parts.loss_fn,
         parts.optimizer,
-        learning_rate_schedule(
-            config.optimization, config.learning_rate, config.run.steps
-        ),
+        matrix_schedule(config.optimization, config.learning_rate, config.run.steps),
         microbatches=config.microbatches,
         by_piece=config.accumulation_steps is not None,
         shardings=shardings,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from experiments.models.llama import LlamaConfig
+from experiments.models.lora import Adapter
 
 PresetName = Literal[
     "demo",
@@ -29,7 +30,16 @@ PresetName = Literal[
     "llama_7b",
 ]
 Sequences = Literal["joined", "packed", "documents"]
-OptimizerName = Literal["adamw", "galore", "natural_galore", "muon", "optax_galore"]
+OptimizerName = Literal[
+    "adamw",
+    "galore",
+    "natural_galore",
+    "muon",
+    "optax_galore",
+    "lora",
+    "relora",
+    "low_rank",
+]
 
 # Sequences a device works on at a time, where nothing is said: of 256 tokens and 32,000
 # logits each, 5.4 GB of temporaries for the 60M Llama (python -m
@@ -43,6 +53,9 @@ DEFAULT_LEARNING_RATE: dict[OptimizerName, float] = {
     "natural_galore": 4e-3,
     "muon": 6e-3,
     "optax_galore": 8e-3,
+    "lora": 4e-3,
+    "relora": 4e-3,
+    "low_rank": 4e-3,
 }
 
 
@@ -162,7 +175,9 @@ class OptimizerConfig:
 
     Attributes:
         optimizer: Method for the matrices. optax_galore is optax.contrib.galore, for
-            comparison: a full SVD of every matrix at a refresh, so slow.
+            comparison: a full SVD of every matrix at a refresh, so slow. lora and
+            relora freeze the matrices and train two factors of rank `rank` beside
+            each, low_rank two factors instead of each; by AdamW.
         learning_rate: Peak learning rate of the matrices. None: the method's own.
         adam_learning_rate: Peak learning rate of embeddings, norms and output layer.
         warmup_fraction: Share of the steps, from 0 to 1, in which both learning rates
@@ -173,7 +188,7 @@ class OptimizerConfig:
         b1: Decay of the first moment, 0 to 1. Muon's momentum stays at 0.95.
         b2: Decay of the second moment, 0 to 1.
         rank: Directions of the subspace of each matrix (galore, natural_galore,
-            optax_galore).
+            optax_galore); columns of the first factor (lora, relora, low_rank).
         update_proj_gap: Steps between two choices of the subspace (the same three).
         scale: Factor on the update of a projected matrix (the same three).
         history: Gradients in the Fisher estimate (natural_galore).
@@ -187,6 +202,11 @@ class OptimizerConfig:
         accumulate: Where the gradients of microbatches add up. full: as matrices.
             subspace: projected, rank times the kept side instead of the whole matrix
             (galore; natural_galore with `--residual None`).
+        lora_alpha: Numerator of the factor `lora_alpha / rank` on the product of the
+            factors (lora, relora).
+        relora_gap: Steps after which the factors are merged into the matrices, and
+            start afresh (relora). None: a quarter of the run's, as 5,000 of 20,000 in
+            arXiv 2307.05695.
     """
 
     optimizer: OptimizerName = "natural_galore"
@@ -208,6 +228,23 @@ class OptimizerConfig:
     moments_dtype: StorageDtype = "float32"
     basis_dtype: StorageDtype = "float32"
     accumulate: Literal["full", "subspace"] = "full"
+    lora_alpha: float = 32.0
+    relora_gap: int | None = None
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What takes the place of the hidden matrices; None for a method of kernels."""
+        match self.optimizer:
+            case "lora" | "relora":
+                return Adapter("lora", self.rank, self.lora_alpha)
+            case "low_rank":
+                return Adapter("low_rank", self.rank)
+            case _:
+                return None
+
+    def restart_gap(self, steps: int) -> int:
+        """Returns the steps between ReLoRA's restarts in a run of so many steps."""
+        return self.relora_gap or max(1, steps // 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +325,8 @@ class PretrainConfig:
             raise ValueError("--resume keeps a run, --overwrite deletes it: give one.")
         if rest.accumulate == "subspace":
             _check_subspace_accumulation(rest)
+        if rest.relora_gap is not None:
+            _check_at_least(1, rest, "relora_gap")
 
     @property
     def devices(self) -> int:
@@ -334,6 +373,9 @@ class PretrainConfig:
         config["run"]["microbatches"] = self.microbatches
         config["optimization"]["learning_rate"] = self.learning_rate
         config["text"]["sequences"] = self.text.treatment
+        if self.optimization.optimizer == "relora":
+            gap = self.optimization.restart_gap(self.run.steps)
+            config["optimization"]["relora_gap"] = gap
         return config
 
     def identity(self) -> dict[str, Any]:

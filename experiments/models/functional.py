@@ -7,20 +7,24 @@ import optax
 from flax import nnx
 
 from experiments.models.llama import Llama, LlamaConfig
+from experiments.models.lora import Adapter
 
 
 def functional_llama(
-    config: LlamaConfig,
+    config: LlamaConfig, adapter: Adapter | None = None
 ) -> tuple[Callable[[jax.Array], optax.Params], Callable[..., jax.Array]]:
     """Returns `key -> params` and `params, tokens, segments=None -> logits`.
 
     Parameters are nested dictionaries of arrays; the rest is as of `Llama.__call__`.
     """
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+
+    def build(key: jax.Array | int) -> Llama:
+        return Llama(config, adapter, rngs=nnx.Rngs(key))
+
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build(0)))
 
     def init_params(key: jax.Array) -> optax.Params:
-        model = Llama(config, rngs=nnx.Rngs(key))
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
 
     def apply(
         params: optax.Params, tokens: jax.Array, segments: jax.Array | None = None

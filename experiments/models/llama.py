@@ -14,6 +14,9 @@ two-dimensional per layer, which is the matrix that a low-rank optimizer sees::
     norm/scale                                        (D,)
     lm_head/kernel  (not with tied embeddings)        (D, V)
 
+An adapter gives the layers' projections two factors beside their kernels or in place
+of them; :mod:`experiments.models.lora` says which.
+
 Names and layouts are those of Hugging Face's Llama with kernels transposed, RoPE's
 half-rotation included. Shape suffixes of the code: B batch, T position, D hidden,
 H query heads, G key-value heads, K head width (K2 half of it), F feed-forward width,
@@ -24,6 +27,7 @@ References:
   Ainslie et al., GQA (arXiv 2305.13245).
 """
 
+import functools
 import math
 
 import jax
@@ -32,6 +36,8 @@ from flax import nnx
 
 from experiments.models import placement
 from experiments.models.llama_config import PRESETS, LlamaConfig
+from experiments.models.lora import Adapter
+from experiments.models.projection import Projection, normal
 
 __all__ = ["PRESETS", "Llama", "LlamaConfig", "parameter_count"]
 
@@ -41,53 +47,21 @@ _REMAT_POLICIES = {
 }
 
 
-class Projection(nnx.Module):
-    """Linear layer without bias: ``(B, T, m) -> (B, T, n)``, kernel ``(m, n)``."""
-
-    def __init__(
-        self,
-        name: str,
-        in_size: int,
-        out_size: int,
-        config: LlamaConfig,
-        *,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.name = name  # as in the path of its parameter: the mesh rules go by it
-        self.remat = config.remat
-        self.kernel = nnx.Param(_normal(rngs, (in_size, out_size), config))
-
-    def __call__(
-        self, x: jax.Array, out_dtype: jax.typing.DTypeLike | None = None
-    ) -> jax.Array:
-        """Multiply by the kernel, accumulating in ``out_dtype`` (default: x's)."""
-
-        def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            kernel = placement.gather_matrix(kernel.astype(x.dtype), self.name)
-            return placement.multiply(x, kernel, self.name, out_dtype)
-
-        if self.remat == "none":
-            # Keep the stored kernel for the backward pass, not the gathered one: over
-            # the layers of a scan that would be a whole copy of the model. A layer
-            # that is recomputed as a whole needs no such care.
-            project = jax.checkpoint(project, prevent_cse=False)
-        return project(x, self.kernel[...])
-
-    def place_input(self, x: jax.Array) -> jax.Array:
-        """Lay an input out on the mesh as the product needs it."""
-        return placement.pin_input(x, self.name, self.kernel.shape)
-
-
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions, within segments."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, adapter: Adapter | None, *, rngs: nnx.Rngs
+    ) -> None:
         self.config = config
         d, kv = config.hidden_size, config.kv_heads * config.head_size
-        self.q_proj = Projection("q_proj", d, d, config, rngs=rngs)
-        self.k_proj = Projection("k_proj", d, kv, config, rngs=rngs)
-        self.v_proj = Projection("v_proj", d, kv, config, rngs=rngs)
-        self.o_proj = Projection("o_proj", d, d, config, rngs=rngs)
+        projection = functools.partial(
+            Projection, config=config, adapter=adapter, rngs=rngs
+        )
+        self.q_proj = projection("q_proj", d, d)
+        self.k_proj = projection("k_proj", d, kv)
+        self.v_proj = projection("v_proj", d, kv)
+        self.o_proj = projection("o_proj", d, d)
 
     def __call__(
         self,
@@ -114,11 +88,16 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU feed-forward block."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, adapter: Adapter | None, *, rngs: nnx.Rngs
+    ) -> None:
         d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = Projection("gate_proj", d, f, config, rngs=rngs)
-        self.up_proj = Projection("up_proj", d, f, config, rngs=rngs)
-        self.down_proj = Projection("down_proj", f, d, config, rngs=rngs)
+        projection = functools.partial(
+            Projection, config=config, adapter=adapter, rngs=rngs
+        )
+        self.gate_proj = projection("gate_proj", d, f)
+        self.up_proj = projection("up_proj", d, f)
+        self.down_proj = projection("down_proj", f, d)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """Apply ``down(silu(gate(x)) * up(x))``."""
@@ -130,11 +109,13 @@ class Mlp(nnx.Module):
 class Layer(nnx.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, adapter: Adapter | None, *, rngs: nnx.Rngs
+    ) -> None:
         self.input_norm = _norm(config, rngs)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, adapter, rngs=rngs)
         self.post_attention_norm = _norm(config, rngs)
-        self.mlp = Mlp(config, rngs=rngs)
+        self.mlp = Mlp(config, adapter, rngs=rngs)
 
     def __call__(
         self,
@@ -157,7 +138,7 @@ class Embedding(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.name = name
         self.dtype = config.dtype
-        self.embedding = nnx.Param(_normal(rngs, shape, config))
+        self.embedding = nnx.Param(normal(rngs.params(), shape, config))
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Return the rows of the tokens in the compute dtype."""
@@ -174,11 +155,18 @@ class Embedding(nnx.Module):
 class Llama(nnx.Module):
     """Decoder-only language model: tokens to next-token logits."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        adapter: Adapter | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
         """Initialise every matrix from N(0, 0.02^2) and every norm scale to one.
 
         Args:
           config: The shape.
+          adapter: Of the layers' projections; embeddings and output layer have none.
           rngs: Source of the initial values.
         """
         self.config = config
@@ -187,7 +175,7 @@ class Llama(nnx.Module):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
         def stacked_layers(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, rngs=rngs)
+            return Layer(config, adapter, rngs=rngs)
 
         self.layers = stacked_layers(rngs)
         self.norm = _norm(config, rngs)
@@ -285,8 +273,3 @@ def _norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
         param_dtype=config.param_dtype,
         rngs=rngs,
     )
-
-
-def _normal(rngs: nnx.Rngs, shape: tuple[int, int], config: LlamaConfig) -> jax.Array:
-    """Draw a matrix from N(0, 0.02^2), the published runs' initialisation."""
-    return jax.nn.initializers.normal(0.02)(rngs.params(), shape, config.param_dtype)

@@ -34,9 +34,12 @@ def pin_input(x: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
 
     For inputs that several modules share: it moves once, not for each of them.
     """
-    if RULES.cut(name, shape, _axis_sizes()) != 1:
+    cut = RULES.cut(name, shape, _axis_sizes())
+    if cut is None:
         return pin_positions(x)
     spec = _spec(x.shape)
+    if cut == 0:
+        return _place(x, P(*spec[:-1], TENSOR))
     if jax.sharding.get_abstract_mesh().are_all_axes_explicit:
         # Its gradients from several modules are added up before they are summed over
         # tensor, not each by itself.

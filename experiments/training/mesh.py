@@ -39,8 +39,10 @@ class ShardingRules:
     Attributes:
       batch: Leading axis of tokens, activations and logits.
       vector: Norm scales.
-      column: Names of the modules whose kernel ``tensor`` cuts on its output side.
-      row: Names of the modules whose kernel ``tensor`` cuts on its input side.
+      column: Names of the modules whose kernel ``tensor`` cuts on its output side;
+        ``MODULE/lora_b`` for that factor of an adapter.
+      row: Names of the modules whose kernel ``tensor`` cuts on its input side;
+        ``MODULE/lora_a`` likewise.
     """
 
     batch: P
@@ -122,11 +124,15 @@ class ShardingRules:
         )
 
 
+_COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_ROW = ("o_proj", "down_proj")
+# Of an adapter's factors A (m, r) and B (r, n) the one that has the kernel's cut side
+# is cut with it, the rank never: x A is narrow, and moves instead.
 RULES = ShardingRules(
     batch=P((DATA, FSDP)),
     vector=P(None),
-    column=("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
-    row=("o_proj", "down_proj"),
+    column=(*_COLUMN, *(f"{name}/lora_b" for name in _COLUMN)),
+    row=(*_ROW, *(f"{name}/lora_a" for name in _ROW)),
 )
 
 
@@ -184,8 +190,9 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
 
     Args:
       abstract_params: Pure tree of arrays or ``ShapeDtypeStruct``. Leaves named
-        ``kernel`` or ``embedding`` are matrices ``(..., m, n)``, leaves named
-        ``scale`` vectors ``(..., d)``; axes in front (stacked layers) are not split.
+        ``kernel``, ``embedding``, ``lora_a`` or ``lora_b`` are matrices
+        ``(..., m, n)``, leaves named ``scale`` vectors ``(..., d)``; axes in front
+        (stacked layers) are not split.
       mesh: A mesh with an ``fsdp`` axis, and ``tensor`` if it is split.
 
     Returns:
@@ -201,13 +208,15 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
         match last:
             case "kernel" | "embedding":
                 spec = RULES.stored_matrix(module, leaf.shape, mesh.shape)
+            case "lora_a" | "lora_b":
+                spec = RULES.stored_matrix(f"{module}/{last}", leaf.shape, mesh.shape)
             case "scale":
                 spec = RULES.vector
             case _:
                 raise ValueError(
                     f"no sharding rule for parameter {name!r}: its last name must be "
-                    "kernel, embedding or scale; add a rule to experiments.training."
-                    "mesh for any other"
+                    "kernel, embedding, lora_a, lora_b or scale; add a rule to "
+                    "experiments.training.mesh for any other"
                 )
         stacked = (None,) * (len(leaf.shape) - len(spec))
         return NamedSharding(mesh, P(*stacked, *spec))

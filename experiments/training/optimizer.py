@@ -2,10 +2,12 @@
 
 Every method gets the same leaves and the same rest: the hidden matrices (kernels
 but the output layer's, stacked over layers or not) are trained by the method at its
-learning rate; embeddings, output layer and norms by Adam at a learning rate of their
-own. Comparisons between methods are then about the matrices alone.
+learning rate, through an adapter's factors if it has one; embeddings, output layer and
+norms by Adam at a learning rate of their own. Comparisons between methods are then
+about the matrices alone.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,6 +16,8 @@ import optax
 
 import ngalore_jax as ng
 from experiments.configs import OptimizerConfig, StorageDtype
+from experiments.models import lora
+from experiments.training.relora import jagged, relora
 
 # A matrix is the last two axes; an axis in front of them counts layers.
 _MUON_AXES = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -46,14 +50,15 @@ def build_optimizer(
 
     Returns:
         A transformation of a model's parameters: nested dictionaries whose hidden
-        matrices are leaves named `kernel` outside `lm_head`.
+        matrices are leaves named `kernel`, or an adapter's `lora_a` and `lora_b`,
+        outside `lm_head`.
     """
     accumulates = accumulation_steps is not None
-    method = _METHODS[config.optimizer](
-        config,
-        learning_rate_schedule(config, learning_rate, steps),
-        **({"accumulation_steps": accumulation_steps} if accumulates else {}),
-    )
+    more = {"accumulation_steps": accumulation_steps} if accumulates else {}
+    if config.optimizer == "relora":
+        more["gap"] = config.restart_gap(steps)
+    schedule = matrix_schedule(config, learning_rate, steps)
+    method = _METHODS[config.optimizer](config, schedule, **more)
     adam = optax.adam(
         learning_rate_schedule(config, config.adam_learning_rate, steps),
         b1=config.b1,
@@ -84,20 +89,42 @@ def learning_rate_schedule(
     )
 
 
+def matrix_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+    """Returns the schedule of the hidden matrices: ReLoRA's rises at every restart.
+
+    Each of its rises takes a tenth of the steps between two restarts, at most the 100
+    steps of arXiv 2307.05695.
+    """
+    schedule = learning_rate_schedule(config, peak, steps)
+    if config.optimizer != "relora":
+        return schedule
+    gap = config.restart_gap(steps)
+    return jagged(schedule, gap, warmup=min(gap // 10, 100))
+
+
 def matrix_labels(params: optax.Params) -> optax.Params:
-    """Labels each leaf `matrix` (trained by the method) or `other` (by Adam)."""
+    """Labels each leaf `matrix` (left to the method) or `other` (trained by Adam).
+
+    Matrices are the hidden kernels and adapters' factors, also the kernels that a
+    method with adapters freezes.
+    """
 
     def label(path: jax.tree_util.KeyPath, _: jax.Array) -> str:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        is_matrix = names[-1] == "kernel" and "lm_head" not in names
+        named = names[-1] in ("kernel", "lora_a", "lora_b")
+        is_matrix = named and "lm_head" not in names
         return "matrix" if is_matrix else "other"
 
     return jax.tree.map_with_path(label, params)
 
 
 def adamw_state_bytes(params: optax.Params) -> int:
-    """Returns the bytes AdamW's state would take; `params` may be abstract."""
-    return ng.state_bytes(jax.eval_shape(optax.adamw(1e-3).init, params))
+    """Returns the bytes AdamW's state would take; `params` may be abstract.
+
+    With adapters it is that of the model without: what they are to be compared with.
+    """
+    base = jax.eval_shape(functools.partial(lora.merge, scale=1.0), params)
+    return ng.state_bytes(jax.eval_shape(optax.adamw(1e-3).init, base))
 
 
 def per_layer(
@@ -218,6 +245,25 @@ def _optax_galore(
     )
 
 
+def _lora(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    return optax.partition(
+        {"adapter": _adamw(config, learning_rate), "frozen": optax.set_to_zero()},
+        lora.labels,
+    )
+
+
+def _relora(
+    config: OptimizerConfig, learning_rate: optax.Schedule, gap: int
+) -> optax.GradientTransformation:
+    direction = optax.chain(
+        optax.scale_by_adam(b1=config.b1, b2=config.b2),
+        optax.add_decayed_weights(config.weight_decay),
+    )
+    return relora(direction, learning_rate, gap=gap, scale=config.adapter.scale)
+
+
 _Method = Callable[..., optax.GradientTransformation]
 _METHODS: dict[str, _Method] = {
     "adamw": _adamw,
@@ -225,4 +271,7 @@ _METHODS: dict[str, _Method] = {
     "natural_galore": _natural_galore,
     "muon": _muon,
     "optax_galore": _optax_galore,
+    "lora": _lora,
+    "relora": _relora,
+    "low_rank": _adamw,  # of the model's factors
 }

@@ -19,8 +19,11 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.models.functional import functional_llama
 from experiments.models.llama import PRESETS, Llama, LlamaConfig
+from experiments.models.lora import Adapter
 from experiments.training import mesh as mesh_lib
+from experiments.training.step import next_token_loss
 from tests.collectives import collectives
 
 BATCH, LENGTH = 8, 20  # no weight has a side of 20, its half, or a batch multiple
@@ -239,6 +242,47 @@ def test_no_gathered_kernel_is_kept_for_the_backward_pass() -> None:
         assert "fsdp" in aval.sharding.spec, aval
 
 
+def adapted_value_and_grad(kind: str) -> tuple[Callable[..., Any], Any, Any]:
+    """Loss and gradient of a Llama with adapters, parameters, and a batch."""
+    init_params, apply = functional_llama(CONFIG, Adapter(kind, 8))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda w: rng.normal(0.1, 0.3, w.shape).astype(w.dtype),
+        jax.eval_shape(init_params, jax.random.key(0)),
+    )
+    batch = {"tokens": tokens(), "weights": np.ones((BATCH, LENGTH), np.float32)}
+    loss_fn = next_token_loss(apply)
+    return jax.value_and_grad(lambda p, b: loss_fn(p, b)[0]), params, batch
+
+
+@functools.cache
+def adapted_without_mesh(kind: str) -> Any:
+    function, params, batch = adapted_value_and_grad(kind)
+    return jax.device_get(jax.jit(function)(params, batch))
+
+
+@pytest.mark.parametrize(
+    ("kind", "explicit"), [("lora", True), ("lora", False), ("low_rank", True)]
+)
+def test_a_llama_with_adapters_computes_the_same_on_a_mesh(
+    kind: str, explicit: bool
+) -> None:
+    mesh = mesh_lib.make_mesh(2, 2, 2, explicit=explicit)
+    function, params, batch = adapted_value_and_grad(kind)
+    shardings = mesh_lib.param_shardings(params, mesh)
+    with jax.set_mesh(mesh):
+        found = jax.jit(function, out_shardings=(None, shardings))(
+            jax.device_put(params, shardings),
+            jax.device_put(batch, mesh_lib.batch_sharding(mesh)),
+        )
+
+    def check(x: jax.Array, y: jax.Array) -> None:
+        # With equality, for the gradients of frozen kernels: they are zero.
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
+
+    jax.tree.map(check, jax.device_get(found), adapted_without_mesh(kind))
+
+
 # ----------------------------------------------------------------------- shardings
 
 
@@ -280,6 +324,34 @@ def test_tensor_splits_the_same_side_unless_it_works_on_the_projected_one() -> N
         "layers/mlp/up_proj/kernel": P(None, both),
         "layers/mlp/down_proj/kernel": P(both, None),
         "lm_head/kernel": P(None, both),
+    }
+
+
+def test_of_two_factors_tensor_cuts_the_one_that_has_the_kernels_cut_side() -> None:
+    mesh = mesh_lib.make_mesh(2, 2, 2)
+    init_params, _ = functional_llama(CONFIG, Adapter("lora", 8))
+    abstract = jax.eval_shape(init_params, jax.random.key(0))
+    shardings = mesh_lib.param_shardings(abstract, mesh)
+    specs = {k: P(*v[-2:]) for k, v in leaf_specs(shardings) if "lora" in k}
+    both = ("tensor", "fsdp")
+    # (m, 8) and (8, n): fsdp on the larger side, tensor with it or on what it cuts.
+    assert len(specs) == 14
+    for path, spec in specs.items():
+        assert spec == (P(both, None) if path.endswith("a") else P(None, both))
+    used = {
+        name: mesh_lib.RULES.used_matrix(name, shape, mesh.shape)
+        for name, shape in {
+            "q_proj/lora_a": (32, 8),
+            "q_proj/lora_b": (8, 32),
+            "o_proj/lora_a": (32, 8),
+            "o_proj/lora_b": (8, 32),
+        }.items()
+    }
+    assert used == {
+        "q_proj/lora_a": P(None, None),
+        "q_proj/lora_b": P(None, "tensor"),
+        "o_proj/lora_a": P("tensor", None),
+        "o_proj/lora_b": P(None, None),
     }
 
 
