@@ -31,6 +31,11 @@ class ReportConfig:
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
 
+    def __post_init__(self) -> None:
+        """Check that there is something to do."""
+        if not self.folders:
+            raise ValueError("name the folders of one or more studies.")
+
 
 def show_report(records: Records, console: Console) -> None:
     """Writes table and plots beside the records and prints the table."""

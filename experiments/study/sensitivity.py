@@ -22,6 +22,13 @@ from experiments.study.session import Session
 from experiments.study.tuning import Budget
 
 PROGRAM = "python -m experiments.study.sensitivity"
+_USUAL = (
+    "rank=2,4,8,16,32",
+    "update_proj_gap=10,25,50,100,400",
+    "history=1,5,20,40",
+    "damping=1e-5,1e-3,1e-1",
+    "scale=0.0625,0.125,0.25,0.5,1",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,8 @@ class SensitivityConfig:
     FOLDER` makes sensitivity.md and its plot again.
 
     Attributes:
-        vary: SETTING=VALUE,VALUE,... of the optimizer; once a setting.
+        vary: SETTING=VALUE,VALUE,... of the optimizer, once a setting. None given:
+            rank, update_proj_gap, history, damping and scale.
         preset: Model and run settings, as of experiments.pretrain.
         method: Whose settings they are.
         learning_rate: Of the matrices. None: the method's own.
@@ -48,7 +56,7 @@ class SensitivityConfig:
         study_dir: Folder of the results. None: runs/sensitivity-PRESET-METHOD.
     """
 
-    vary: tyro.conf.UseAppendAction[tuple[str, ...]]
+    vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     preset: PresetName = "demo"
     method: OptimizerName = "natural_galore"
     learning_rate: float | None = None
@@ -60,8 +68,6 @@ class SensitivityConfig:
         """Check what can be checked alone."""
         if self.workers < 1:
             raise ValueError(f"workers={self.workers} must be at least 1.")
-        if not self.vary:
-            raise ValueError("give a setting to vary, as in --vary rank=2,4,8.")
 
     @property
     def folder(self) -> Path:
@@ -86,7 +92,7 @@ def parse_args(args: Sequence[str]) -> tuple[SensitivityConfig, list[Arm]]:
         common += ["--learning-rate", repr(config.learning_rate)]
     base = make_arm(config.method, common)
     arms = [base]
-    for spec in config.vary:
+    for spec in config.vary or _USUAL:
         setting, values = _parse(spec)
         for value in values:
             flag = f"--{setting.replace('_', '-')}"

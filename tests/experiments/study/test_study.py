@@ -211,3 +211,5 @@ def test_the_report_is_made_again_without_a_run(command, runs, tmp_path, capsys)
     assert not runs.started
     assert report.main([f"{tmp_path}/nowhere"]) == 1
     assert "nowhere/study.json is not there" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report.main([])
