@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import tyro
 
+import ngalore_jax as ng
 from experiments.models.llama import LlamaConfig
 from experiments.models.lora import Adapter
 
@@ -36,6 +37,7 @@ OptimizerName = Literal[
     "natural_galore",
     "muon",
     "optax_galore",
+    "reference",
     "lora",
     "relora",
     "low_rank",
@@ -53,6 +55,7 @@ DEFAULT_LEARNING_RATE: dict[OptimizerName, float] = {
     "natural_galore": 4e-3,
     "muon": 6e-3,
     "optax_galore": 8e-3,
+    "reference": 1e-2,
     "lora": 4e-3,
     "relora": 4e-3,
     "low_rank": 4e-3,
@@ -175,9 +178,10 @@ class OptimizerConfig:
 
     Attributes:
         optimizer: Method for the matrices. optax_galore is optax.contrib.galore, for
-            comparison: a full SVD of every matrix at a refresh, so slow. lora and
-            relora freeze the matrices and train two factors of rank `rank` beside
-            each, low_rank two factors instead of each; by AdamW.
+            comparison: a full SVD of every matrix at a refresh, so slow. reference is
+            Natural GaLore as its published code has it: both sides projected, two full
+            SVDs. lora and relora freeze the matrices and train two factors of rank
+            `rank` beside each, low_rank two factors instead of each; by AdamW.
         learning_rate: Peak learning rate of the matrices. None: the method's own.
         adam_learning_rate: Peak learning rate of embeddings, norms and output layer.
         warmup_fraction: Share of the steps, from 0 to 1, in which both learning rates
@@ -188,17 +192,20 @@ class OptimizerConfig:
         b1: Decay of the first moment, 0 to 1. Muon's momentum stays at 0.95.
         b2: Decay of the second moment, 0 to 1.
         rank: Directions of the subspace of each matrix (galore, natural_galore,
-            optax_galore); columns of the first factor (lora, relora, low_rank).
-        update_proj_gap: Steps between two choices of the subspace (the same three).
-        scale: Factor on the update of a projected matrix (the same three).
-        history: Gradients in the Fisher estimate (natural_galore).
-        damping: Damping of the Fisher, squared gradient norms (natural_galore).
+            reference, optax_galore); columns of the first factor (lora, relora,
+            low_rank).
+        update_proj_gap: Steps between two choices of the subspace (the same four).
+        scale: Factor on the update of a projected matrix (the same four).
+        history: Gradients in the Fisher estimate (natural_galore, reference).
+        damping: Damping of the Fisher, squared gradient norms (the same two).
+        reference_mode: What the published code runs: with or without the Fisher, the
+            subspace chosen anew or, online, moved a little every step (reference).
         residual: Weight of the gradient outside the subspace. None: it is dropped, as
             published (natural_galore).
         history_dtype: How the Fisher's gradients are stored (natural_galore).
         moments_dtype: How Adam's moments of the projected matrices are stored (galore,
             natural_galore).
-        basis_dtype: How the subspaces are stored (the same two).
+        basis_dtype: How the subspaces are stored (galore, natural_galore).
         accumulate: Where the gradients of microbatches add up. full: as matrices.
             subspace: projected, rank times the kept side instead of the whole matrix
             (galore; natural_galore with `--residual None`).
@@ -223,6 +230,7 @@ class OptimizerConfig:
     scale: float = 0.25
     history: int = 20
     damping: float = 1e-3
+    reference_mode: ng.ReferenceMode = "natural_galore"
     residual: float | None = 2.0
     history_dtype: StorageDtype = "int8"
     moments_dtype: StorageDtype = "float32"

@@ -57,6 +57,8 @@ def build_optimizer(
     more = {"accumulation_steps": accumulation_steps} if accumulates else {}
     if config.optimizer == "relora":
         more["gap"] = config.restart_gap(steps)
+    if config.optimizer == "reference":
+        more["peak"] = learning_rate
     schedule = matrix_schedule(config, learning_rate, steps)
     method = _METHODS[config.optimizer](config, schedule, **more)
     adam = optax.adam(
@@ -245,6 +247,26 @@ def _optax_galore(
     )
 
 
+def _reference(
+    config: OptimizerConfig, learning_rate: optax.Schedule, peak: float
+) -> optax.GradientTransformation:
+    return ng.reference(
+        learning_rate,
+        rank=config.rank,
+        mode=config.reference_mode,
+        update_proj_gap=config.update_proj_gap,
+        scale=config.scale,
+        history=config.history,
+        damping=config.damping,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        factor_learning_rate=lambda step: (
+            learning_rate(step) / peak / config.update_proj_gap
+        ),
+    )
+
+
 def _lora(
     config: OptimizerConfig, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
@@ -271,6 +293,7 @@ _METHODS: dict[str, _Method] = {
     "natural_galore": _natural_galore,
     "muon": _muon,
     "optax_galore": _optax_galore,
+    "reference": _reference,
     "lora": _lora,
     "relora": _relora,
     "low_rank": _adamw,  # of the model's factors

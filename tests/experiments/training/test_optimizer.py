@@ -117,7 +117,10 @@ def test_matrices_decay_by_weight_decay_times_learning_rate(name):
     plain = up_kernel(third_updates(config_of(name)))
     decayed = up_kernel(third_updates(config_of(name, weight_decay=0.1)))
     rate = float(learning_rate_schedule(config_of(name), 1e-2, STEPS)(2))
-    decay = -0.1 * rate * up_kernel(make_params())
+    decaying = up_kernel(make_params())
+    if name == "reference":  # decays what it has updated
+        decaying += plain
+    decay = -0.1 * rate * decaying
     np.testing.assert_allclose(decayed - plain, decay, atol=1e-6)
 
 
@@ -148,6 +151,24 @@ def test_the_residual_reaches_natural_galore():
     assert np.linalg.matrix_rank(dropped, tol=1e-7).tolist() == [3, 3]
 
 
+def test_online_factors_follow_the_schedule():
+    config = config_of("reference", reference_mode="online_galore")
+    schedule = learning_rate_schedule(config, 1e-2, STEPS)
+    tx = ng.reference(
+        schedule,
+        rank=3,
+        mode="online_galore",
+        factor_learning_rate=lambda step: schedule(step) / 1e-2 / 2,
+    )
+    kernel = lambda seed: {"kernel": up_kernel(make_params(seed))}  # noqa: E731
+    state, update = tx.init(kernel(0)), jax.jit(tx.update)
+    for seed in (1, 2, 3):
+        expected, state = update(kernel(seed), state)
+    actual = up_kernel(third_updates(config))
+    np.testing.assert_allclose(actual, expected["kernel"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_states_are_saved_as_arrays_with_elements(name):
     # Orbax refuses arrays of size zero.
     optimizer = build_optimizer(config_of(name), learning_rate=1e-2, steps=STEPS)
