@@ -70,8 +70,8 @@ def reference(
     less than 1e-4. Factors, history and moments of projected leaves are float32
     (float64 for float64 leaves), there of the parameters' dtype. A tensor whose
     gradient is not finite has a zero gradient in that step, and with a zero gradient
-    factors are not decomposed; there both make NaN. Leaves in front of which layers are
-    stacked are batches; there they do not exist.
+    factors are not decomposed; there either makes NaN. A stack of layers is a batch of
+    tensors; there each layer is a parameter of its own.
 
     Args:
       learning_rate: :math:`\eta`, a number or an optax schedule.
