@@ -8,7 +8,7 @@ from ngalore_jax.moments import scale_by_subspace_adam
 from ngalore_jax.natural import NaturalGradientState, scale_by_natural_gradient
 from ngalore_jax.projectors import eigh, gaussian, subspace_iteration, svd
 from ngalore_jax.reference import ReferenceMode, reference
-from ngalore_jax.residual import Residual, ResidualState, compensation
+from ngalore_jax.residual import Residual, ResidualState, compensation, fira
 from ngalore_jax.subspace import SubspaceChange
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "compensation",
     "default_dimension_numbers",
     "eigh",
+    "fira",
     "galore",
     "gaussian",
     "low_rank",

@@ -54,7 +54,7 @@ class ProjectedLeaf:
 
     def energy(self, leaf: Any) -> jax.Array | optax.MaskedNode:
         """Residual state, ``(*batch, n)``."""
-        if self.residual is None:
+        if self.residual is None or not self.residual.keeps_energy:
             return _NOTHING
         shape = (*self.view.batch_shape, self.view.n)
         return sharding.zeros(shape, work_dtype(leaf), self._specs(leaf).columns)
@@ -140,8 +140,9 @@ class ProjectedLeaf:
             numbers = tuple(
                 jnp.asarray(x, low.dtype) for x in self.residual.hyperparameters
             )
+            columns = specs.columns if self.residual.keeps_energy else _NOTHING
             update, energy, norm = sharding.pinned(
-                _multiply(fn, specs), (full, specs.columns, specs.batch)
+                _multiply(fn, specs), (full, columns, specs.batch)
             )(
                 direction,
                 basis,

@@ -4,12 +4,15 @@ Shapes, after :meth:`MatrixView.to_matrix`: gradient ``(..., m, n)``, basis
 ``(..., m, r)``, low-rank gradient and direction ``(..., r, n)``.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import optax
 
 from ngalore_jax.matrices import MatrixView, work_dtype
 from ngalore_jax.projectors import Projector
-from ngalore_jax.residual import Residual
+from ngalore_jax.residual import Columns, Residual
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -88,7 +91,7 @@ def project_back_with_residual(
     gradient: jax.Array,
     low: jax.Array,
     finite: jax.Array,
-    energy: jax.Array,
+    energy: jax.Array | optax.MaskedNode,
     norm: jax.Array,
     count: jax.Array,
     scale: jax.Array,
@@ -96,7 +99,7 @@ def project_back_with_residual(
     *,
     view: MatrixView,
     residual: Residual,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Any, jax.Array]:
     """``scale (P N + (G - P R) diag(d))``, and the rule's new energy and norm."""
     # The gradient is read in its own layout and selected where it is used: a view of it
     # as matrices, or with zeros for what is not finite, would be written out.
@@ -107,8 +110,11 @@ def project_back_with_residual(
         energy,
         norm,
         count,
-        jnp.where(finite[..., 0], total, 0),
-        jnp.sum(jnp.square(low), axis=-2),
+        Columns(
+            total=jnp.where(finite[..., 0], total, 0),
+            inside=jnp.sum(jnp.square(low), axis=-2),
+            direction=jnp.sum(jnp.square(direction), axis=-2),
+        ),
         view.m - view.rank,
     )
     inside = project_back(

@@ -12,7 +12,7 @@ temporary. A rule sees column energies only, never the matrices.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,26 +25,37 @@ _NOISE_FLOOR = 1e-6
 class ResidualState(NamedTuple):
     """What a rule remembers of each projected leaf; ``MaskedNode()`` elsewhere."""
 
-    energy: optax.Updates  # (..., n) float32 (float64 for float64 leaves)
+    # (..., n) float32 (float64 for float64 leaves), MaskedNode() if the rule has none
+    energy: optax.Updates
     norm: optax.Updates  # (...) likewise, the norm of the term added last
+
+
+class Columns(NamedTuple):
+    """Squared column norms of a batch of matrices, ``(..., n)`` each."""
+
+    total: jax.Array  # of G
+    inside: jax.Array  # of R
+    direction: jax.Array  # of N
 
 
 class Residual(NamedTuple):
     """A rule for the weight of the gradient outside the subspace.
 
     Attributes:
-      column_scale: ``(hyperparameters, energy, norm, count, total, inside,
-        codimension) -> (d, energy, norm)`` for a batch of matrices. ``energy``
-        ``(..., n)`` and ``norm`` ``(...)`` are the rule's state, zero at first;
-        ``count`` the int32 step; ``total`` and ``inside`` ``(..., n)`` the squared
-        column norms of ``G`` and ``R``; ``codimension`` is ``m - r``. ``d`` has shape
-        ``(..., n)``.
+      column_scale: ``(hyperparameters, energy, norm, count, columns, codimension) ->
+        (d, energy, norm)`` for a batch of matrices. ``energy`` ``(..., n)`` and
+        ``norm`` ``(...)`` are the rule's state, zero at first; ``count`` the int32
+        step; ``columns`` a :class:`Columns`; ``codimension`` is ``m - r``. ``d`` has
+        shape ``(..., n)``.
       hyperparameters: Its numbers. They may be traced, as
         ``optax.inject_hyperparams`` makes them.
+      keeps_energy: Whether the rule has the state ``energy``. If not, it is handed an
+        ``optax.MaskedNode()`` and returns it.
     """
 
-    column_scale: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    column_scale: Callable[..., tuple[jax.Array, Any, jax.Array]]
     hyperparameters: tuple[jax.typing.ArrayLike, ...]
+    keeps_energy: bool = True
 
 
 def compensation(
@@ -92,30 +103,89 @@ def compensation(
     return Residual(_compensate, (weight, decay, max_growth))
 
 
+def fira(
+    weight: jax.typing.ArrayLike = 1.0, max_growth: jax.typing.ArrayLike = 1.01
+) -> Residual:
+    r"""Fira's residual: each column is scaled as the optimizer scaled its inside.
+
+    .. math::
+      \varphi_j &= \|N_{:j}\| / \|R_{:j}\| \\
+      C &= (G - P R)\, \mathrm{diag}(\varphi) \\
+      \phi &\leftarrow \min(\|C\|, \gamma \phi), \qquad
+      d = c\, \phi / \|C\| \cdot \varphi
+
+    A column without gradient in the subspace gets none outside. With the natural
+    gradient inside, :math:`R` is what came before it.
+
+    Args:
+      weight: :math:`c`, at least 0. The paper uses 1.
+      max_growth: :math:`\gamma`, as of :func:`compensation`.
+
+    Returns:
+      A rule for ``low_rank(..., residual=...)``.
+
+    Raises:
+      ValueError: If a number is outside its range.
+
+    Memory:
+      1 element a matrix.
+
+    References:
+      Chen et al., Fira, 2024 (arXiv 2410.01623), equations 6 to 8.
+    """
+    _check("weight", weight, lambda x: x >= 0, "at least 0")
+    _check("max_growth", max_growth, lambda x: x > 1, "above 1")
+
+    return Residual(_fira, (weight, max_growth), keeps_energy=False)
+
+
 def _compensate(
     hyperparameters: tuple[jax.Array, jax.Array, jax.Array],
     energy: jax.Array,
     norm: jax.Array,
     count: jax.Array,
-    total: jax.Array,
-    inside: jax.Array,
+    columns: Columns,
     codimension: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     weight, decay, max_growth = hyperparameters
-    outside = jnp.maximum(total - inside, 0)
+    outside = jnp.maximum(columns.total - columns.inside, 0)
     energy = decay * energy + (1 - decay) * outside
     corrected = energy / (1 - decay ** (count + 1))
-    denominator = corrected + _NOISE_FLOOR * total
-    inverse = jnp.where(
-        denominator > 0, codimension / jnp.where(denominator > 0, denominator, 1), 0
-    )
-    added = jnp.sqrt(jnp.sum(outside * inverse, axis=-1))
+    squared = codimension * _quotient(1, corrected + _NOISE_FLOOR * columns.total)
+    shrink, norm = _limit(jnp.sum(outside * squared, axis=-1), norm, max_growth)
+    return weight * shrink[..., None] * jnp.sqrt(squared), energy, norm
+
+
+def _fira(
+    hyperparameters: tuple[jax.Array, jax.Array],
+    energy: optax.MaskedNode,
+    norm: jax.Array,
+    count: jax.Array,
+    columns: Columns,
+    codimension: int,
+) -> tuple[jax.Array, optax.MaskedNode, jax.Array]:
+    del count, codimension
+    weight, max_growth = hyperparameters
+    outside = jnp.maximum(columns.total - columns.inside, 0)
+    squared = _quotient(columns.direction, columns.inside)
+    shrink, norm = _limit(jnp.sum(outside * squared, axis=-1), norm, max_growth)
+    return weight * shrink[..., None] * jnp.sqrt(squared), energy, norm
+
+
+def _limit(
+    squared_norm: jax.Array, norm: jax.Array, max_growth: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Factor that lets a term grow by no more than it may, and its new norm."""
+    added = jnp.sqrt(squared_norm)
     limit = jnp.where(norm > 0, max_growth * norm, added)
     limited = jnp.minimum(added, limit)
-    shrink = jnp.where(added > 0, limited / jnp.where(added > 0, added, 1), 0)
     # A step without a gradient says nothing about how large the term may be.
-    norm = jnp.where(added > 0, limited, norm)
-    return weight * shrink[..., None] * jnp.sqrt(inverse), energy, norm
+    return _quotient(limited, added), jnp.where(added > 0, limited, norm)
+
+
+def _quotient(x: jax.typing.ArrayLike, y: jax.Array) -> jax.Array:
+    """``x / y``, and 0 where ``y`` is 0."""
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
 
 
 def _check(

@@ -111,6 +111,22 @@ class Compensation:
         return self.weight * added * limited / norm
 
 
+class Fira:
+    """Section 7's other form, for a matrix whose rows are projected."""
+
+    def __init__(self, weight: float, max_growth: float = 1.01):
+        self.weight, self.max_growth = weight, max_growth
+        self.norm: float | None = None
+
+    def __call__(self, g: Array, p: Array, r: Array, n: Array) -> Array:
+        phi = np.linalg.norm(n, axis=0) / np.linalg.norm(r, axis=0)
+        added = (g - p @ r) * phi
+        norm = np.linalg.norm(added)
+        limited = norm if self.norm is None else min(norm, self.max_growth * self.norm)
+        self.norm = limited
+        return self.weight * added * limited / norm
+
+
 class Matrix:
     """Sections 1, 2 and 7 for one matrix: ``step(G)`` gives the update's direction.
 

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import ngalore_jax as ng
+from ngalore_jax.residual import Columns
 from tests.ngalore_jax import reference
 
 
@@ -46,6 +47,46 @@ def test_equals_the_formulas(shape):
         chex.assert_trees_all_close(
             state.residual.norm, np.float32(expected.norm), rtol=1e-3
         )
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_fira_scales_each_column_as_its_inside_was(shape):
+    """Over two refreshes, with Adam inside, against the formulas in float64."""
+    stream = reference.gradients(0, 6, *shape)
+    inner = ng.scale_by_subspace_adam(at_refresh="keep")
+
+    def with_residual(residual):
+        tx = ng.low_rank(inner, 2, 3, 0.5, projector=ng.svd(), residual=residual)
+        return run(tx, stream)
+
+    inside, states = with_residual(None)
+    both, with_fira = with_residual(ng.fira(1.5, max_growth=1.05))
+    expected = reference.Fira(1.5, max_growth=1.05)
+    for g, within, u, state, kept in zip(stream, inside, both, states, with_fira):
+        if shape[0] > shape[1]:
+            g, within, u = g.T, within.T, u.T
+        p = np.asarray(state.projector, np.float64)
+        n = p.T @ within / 0.5
+        term = expected(g, p, p.T @ g, n)
+        chex.assert_trees_all_close(u - within, 0.5 * term, atol=1e-4)
+        norm = np.float32(expected.norm)
+        chex.assert_trees_all_close(kept.residual.norm, norm, rtol=1e-4)
+        assert len(jax.tree.leaves(kept.residual)) == 1  # the norm and nothing else
+
+
+def test_fira_adds_nothing_where_the_inside_is_silent():
+    updates, _ = run(only_residual(ng.fira()), reference.gradients(0, 3, 5, 9))
+    assert np.all(np.array(updates) == 0)
+
+
+def test_fira_leaves_a_column_without_inside_alone():
+    g = np.zeros((4, 6))
+    g[0], g[1, 1] = 3.0, 0.0
+    g[1, 2:] = 1e-3  # outside the first direction, where there is an inside too
+    g[:, 1] = 0
+    updates, state = run(adam_with(ng.fira(), 1), [g, g])
+    chex.assert_tree_all_finite((updates, state))
+    assert np.all(updates[1][:, 1] == 0)
 
 
 def test_entries_of_the_first_term_are_about_the_weight():
@@ -128,8 +169,9 @@ def test_an_energy_that_is_rounding_does_not_set_the_weight():
     total = jnp.ones(3)
     inside = 1 - jnp.array([0.5, 2.0**-24, 0.0])
     rule, step = ng.compensation(1.0), jnp.asarray(0, jnp.int32)
+    columns = Columns(total, inside, direction=jnp.ones(3))
     weight, _, _ = rule.column_scale(
-        rule.hyperparameters, jnp.zeros(3), jnp.zeros(()), step, total, inside, 4
+        rule.hyperparameters, jnp.zeros(3), jnp.zeros(()), step, columns, 4
     )
     chex.assert_trees_all_close(weight[0], jnp.sqrt(4 / 0.5), rtol=1e-4)
     assert np.max(weight) < 1.01 * np.sqrt(4 / 1e-6)
@@ -157,9 +199,9 @@ def test_a_number_is_the_weight_of_compensation():
 def test_a_rule_of_ones_own():
     """``d = 1`` puts the whole gradient back: with no inside that leaves G - P R."""
 
-    def column_scale(numbers, energy, norm, count, total, inside, codimension):
-        del count, total, codimension
-        return numbers[0] * jnp.ones_like(inside), energy, norm
+    def column_scale(numbers, energy, norm, count, columns, codimension):
+        del count, codimension
+        return numbers[0] * jnp.ones_like(columns.inside), energy, norm
 
     stream = reference.gradients(0, 4, 5, 9)
     updates, states = run(only_residual(ng.Residual(column_scale, (1.0,))), stream)
@@ -180,3 +222,6 @@ def test_a_rule_of_ones_own():
 def test_wrong_arguments_say_what_is_needed(arguments, match):
     with pytest.raises(ValueError, match=match):
         ng.compensation(**arguments)
+    if "decay" not in arguments:
+        with pytest.raises(ValueError, match=match):
+            ng.fira(**arguments)
