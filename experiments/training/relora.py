@@ -8,7 +8,8 @@ kernel and start afresh::
 which changes no output beyond rounding, and lets the next ``gap`` steps add another
 matrix of rank r to W. Merging is part of the update that the transformation returns,
 and whether it is due is decided by its count: to a training loop, a checkpoint and a
-resumed run it is an optimizer like others.
+resumed run it is an optimizer like others. (The norm of that update is no step's: it
+holds the change of W, which that of A and B undoes.)
 
 Departures from the paper. It prunes the 99 % smallest entries of the factors' moments;
 here their optimizer starts afresh, for what it knows is about factors that are no more,
