@@ -63,8 +63,9 @@ def refreshes_of(config: PretrainConfig) -> tuple[bool | None, ...]:
     False and True: steady step and refresh. None alone: the optimizer has no refresh
     that it can be told of, or adds up microbatches, when its own count decides.
     """
-    told = config.optimization.optimizer in ("galore", "natural_galore")
-    return (False, True) if told and config.accumulation_steps is None else (None,)
+    told = ("galore", "natural_galore", "natural_galore_paper")
+    is_told = config.optimization.optimizer in told
+    return (False, True) if is_told and config.accumulation_steps is None else (None,)
 
 
 def step_of(

@@ -35,6 +35,7 @@ OptimizerName = Literal[
     "adamw",
     "galore",
     "natural_galore",
+    "natural_galore_paper",
     "muon",
     "optax_galore",
     "reference",
@@ -53,6 +54,7 @@ DEFAULT_LEARNING_RATE: dict[OptimizerName, float] = {
     "adamw": 5e-4,
     "galore": 8e-3,
     "natural_galore": 4e-3,
+    "natural_galore_paper": 1e-2,
     "muon": 6e-3,
     "optax_galore": 8e-3,
     "reference": 1e-2,
@@ -170,6 +172,10 @@ class TextConfig:
 
 
 StorageDtype = Literal["float32", "bfloat16", "int8"]
+ProjectorName = Literal[
+    "subspace_iteration", "svd", "eigh", "gaussian", "switching", "averaged"
+]
+Fisher = Literal["matrix", "model", "averages"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +183,12 @@ class OptimizerConfig:
     """How it is learnt: method, learning rates, low-rank settings.
 
     Attributes:
-        optimizer: Method for the matrices. optax_galore is optax.contrib.galore, for
-            comparison: a full SVD of every matrix at a refresh, so slow. reference is
-            Natural GaLore as its published code has it: both sides projected, two full
-            SVDs. lora and relora freeze the matrices and train two factors of rank
-            `rank` beside each, low_rank two factors instead of each; by AdamW.
+        optimizer: Method for the matrices. natural_galore_paper is Natural GaLore as
+            the paper has it (`ngalore_jax.PAPER`), reference as its published code has
+            it: both sides projected, two full SVDs. optax_galore is
+            optax.contrib.galore, for comparison: a full SVD of every matrix at a
+            refresh, so slow. lora and relora freeze the matrices and train two factors
+            of rank `rank` beside each, low_rank two factors instead of each; by AdamW.
         learning_rate: Peak learning rate of the matrices. None: the method's own.
         adam_learning_rate: Peak learning rate of embeddings, norms and output layer.
         warmup_fraction: Share of the steps, from 0 to 1, in which both learning rates
@@ -191,24 +198,36 @@ class OptimizerConfig:
         clip_norm: Largest norm of the whole gradient. None: it is left as it is.
         b1: Decay of the first moment, 0 to 1. Muon's momentum stays at 0.95.
         b2: Decay of the second moment, 0 to 1.
-        rank: Directions of the subspace of each matrix (galore, natural_galore,
-            reference, optax_galore); columns of the first factor (lora, relora,
-            low_rank).
-        update_proj_gap: Steps between two choices of the subspace (the same four).
-        scale: Factor on the update of a projected matrix (the same four).
-        history: Gradients in the Fisher estimate (natural_galore, reference).
-        damping: Damping of the Fisher, squared gradient norms (the same two).
+        rank: Directions of the subspace of each matrix (whatever has galore in its
+            name, and reference); columns of the first factor (lora, relora, low_rank).
+        update_proj_gap: Steps between two choices of the subspace (galore ...).
+        scale: Factor on the update of a projected matrix (galore ...).
+        projector: How the subspace is chosen (galore, natural_galore). switching and
+            averaged are trials: `experiments/training/variants.py` says of what.
+        moments_at_refresh: What Adam's moments do when the subspace moves (the same
+            two).
+        history: Gradients in the Fisher estimate (natural_galore and its paper's,
+            reference).
+        damping: Damping of the Fisher, squared gradient norms (the same three).
+        relative_damping: Whether it is relative to the history's mean energy
+            (natural_galore).
+        history_at_refresh: What the history does when the subspace moves
+            (natural_galore).
+        fisher: What it is of: the last gradients of each matrix; trials: those of the
+            whole model, or a few averages of each matrix's in place of its history,
+            both in float32 (natural_galore).
         reference_mode: What the published code runs: with or without the Fisher, the
             subspace chosen anew or, online, moved a little every step (reference).
         residual: Weight of the gradient outside the subspace. None: it is dropped, as
-            published (natural_galore).
+            published (galore, natural_galore).
+        residual_rule: How it is scaled (the same two).
         history_dtype: How the Fisher's gradients are stored (natural_galore).
         moments_dtype: How Adam's moments of the projected matrices are stored (galore,
             natural_galore).
         basis_dtype: How the subspaces are stored (galore, natural_galore).
         accumulate: Where the gradients of microbatches add up. full: as matrices.
             subspace: projected, rank times the kept side instead of the whole matrix
-            (galore; natural_galore with `--residual None`).
+            (galore, natural_galore; with `--residual None`).
         lora_alpha: Numerator of the factor `lora_alpha / rank` on the product of the
             factors (lora, relora).
         relora_gap: Steps after which the factors are merged into the matrices, and
@@ -228,10 +247,16 @@ class OptimizerConfig:
     rank: int = 128
     update_proj_gap: int = 200
     scale: float = 0.25
+    projector: ProjectorName = "subspace_iteration"
+    moments_at_refresh: ng.AtRefresh = "rotate"
     history: int = 20
     damping: float = 1e-3
+    relative_damping: bool = False
+    history_at_refresh: ng.AtRefresh = "rotate"
+    fisher: Fisher = "matrix"
     reference_mode: ng.ReferenceMode = "natural_galore"
-    residual: float | None = 2.0
+    residual: float | None = None
+    residual_rule: Literal["compensation", "fira"] = "compensation"
     history_dtype: StorageDtype = "int8"
     moments_dtype: StorageDtype = "float32"
     basis_dtype: StorageDtype = "float32"
@@ -418,8 +443,9 @@ def _check_subspace_accumulation(config: OptimizerConfig) -> None:
         "--optimizer galore or natural_galore": config.optimizer
         in ("galore", "natural_galore"),
         "--residual None, for the residual needs the whole gradient": (
-            config.optimizer == "galore" or config.residual is None
+            config.residual is None
         ),
+        "--fisher matrix, as trials do not accumulate": config.fisher == "matrix",
         "--clip-norm None, for the whole gradient's norm is not known": (
             config.clip_norm is None
         ),

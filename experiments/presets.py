@@ -52,16 +52,13 @@ def small(optimizer: OptimizerName = "natural_galore") -> PretrainConfig:
 def _for_two_cores(
     name: PresetName, optimizer: OptimizerName, *, eval_every: int
 ) -> PretrainConfig:
-    rank, steps = _rank_and_steps(name, optimizer)
     return PretrainConfig(
         preset=name,
         model=MODELS[name],
         text=TextConfig(sequence_length=128, validation_tokens=32_768),
-        optimization=OptimizerConfig(
-            optimizer=optimizer, rank=rank, update_proj_gap=50
-        ),
+        optimization=_optimization(name, optimizer, update_proj_gap=50),
         run=RunConfig(
-            steps=steps,
+            steps=_RANK_AND_STEPS[name][1],
             batch_size=16,
             eval_every=eval_every,
             checkpoint_every=2 * eval_every,
@@ -77,27 +74,34 @@ def llama(
     Meant for an accelerator and C4 with a given tokenizer; the defaults train on
     what this machine has.
     """
-    rank, steps = _rank_and_steps(name, optimizer)
     return PretrainConfig(
         preset=name,
         model=MODELS[name],
         text=TextConfig(sequence_length=256),
-        optimization=OptimizerConfig(
-            optimizer=optimizer, rank=rank, update_proj_gap=200
-        ),
-        run=RunConfig(steps=steps, batch_size=512),
+        optimization=_optimization(name, optimizer, update_proj_gap=200),
+        run=RunConfig(steps=_RANK_AND_STEPS[name][1], batch_size=512),
     )
 
 
-def _rank_and_steps(name: PresetName, optimizer: OptimizerName) -> tuple[int, int]:
-    """GaLore's rank, or that which serves Natural GaLore; and steps.
+def _optimization(
+    name: PresetName, optimizer: OptimizerName, update_proj_gap: int
+) -> OptimizerConfig:
+    """GaLore's rank, or what serves Natural GaLore.
 
-    A sixteenth of the hidden size, with the gradient outside the subspace put back:
-    experiments/README.md, "What small state costs", says what that does on the demo.
+    That is a sixteenth of the hidden size, with the gradient outside the subspace put
+    back: experiments/README.md, "What small state costs", says what that does on the
+    demo.
     """
-    rank, steps = _RANK_AND_STEPS[name]
-    natural = optimizer == "natural_galore"
-    return (MODELS[name].hidden_size // 16 if natural else rank), steps
+    if optimizer == "natural_galore":
+        rank, residual = MODELS[name].hidden_size // 16, 2.0
+    else:
+        rank, residual = _RANK_AND_STEPS[name][0], None
+    return OptimizerConfig(
+        optimizer=optimizer,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        residual=residual,
+    )
 
 
 def preset(

@@ -9,10 +9,11 @@ from ngalore_jax.natural import NaturalGradientState, scale_by_natural_gradient
 from ngalore_jax.projectors import eigh, gaussian, subspace_iteration, svd
 from ngalore_jax.reference import ReferenceMode, reference
 from ngalore_jax.residual import Residual, ResidualState, compensation, fira
-from ngalore_jax.subspace import SubspaceChange
+from ngalore_jax.subspace import AtRefresh, SubspaceChange
 
 __all__ = [
     "PAPER",
+    "AtRefresh",
     "LowRankState",
     "MatrixDimensionNumbers",
     "NaturalGradientState",

@@ -9,6 +9,7 @@ about the matrices alone.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import optax
 import ngalore_jax as ng
 from experiments.configs import OptimizerConfig, StorageDtype
 from experiments.models import lora
+from experiments.training import variants
 from experiments.training.relora import jagged, relora
 
 # A matrix is the last two axes; an axis in front of them counts layers.
@@ -183,14 +185,10 @@ def _galore(
 ) -> optax.GradientTransformation:
     return ng.galore(
         learning_rate,
-        rank=config.rank,
-        update_proj_gap=config.update_proj_gap,
-        scale=config.scale,
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
+        **_shared(config),
+        **_subspace(config),
+        moments_at_refresh=config.moments_at_refresh,
         moments_dtype=_stored(config.moments_dtype),
-        basis_dtype=_stored(config.basis_dtype),
         accumulation_steps=accumulation_steps,
     )
 
@@ -200,22 +198,82 @@ def _natural_galore(
     learning_rate: optax.Schedule,
     accumulation_steps: int | None = None,
 ) -> optax.GradientTransformation:
+    if config.fisher != "matrix":
+        return _natural_galore_trial(config, learning_rate)
     return ng.natural_galore(
         learning_rate,
+        history=config.history,
+        damping=config.damping,
+        relative_damping=config.relative_damping,
+        history_at_refresh=config.history_at_refresh,
+        history_dtype=_stored(config.history_dtype),
+        **_shared(config),
+        **_subspace(config),
+        moments_at_refresh=config.moments_at_refresh,
+        moments_dtype=_stored(config.moments_dtype),
+        accumulation_steps=accumulation_steps,
+    )
+
+
+def _natural_galore_trial(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    """Natural GaLore with another Fisher than the library's."""
+    if config.fisher == "model":
+        fisher = variants.scale_by_model_fisher(config.history, config.damping)
+    else:
+        fisher = variants.scale_by_averaged_history(config.damping)
+    adam = ng.scale_by_subspace_adam(config.b1, config.b2)
+    return optax.chain(
+        ng.low_rank(
+            optax.chain(fisher, adam),
+            config.rank,
+            config.update_proj_gap,
+            config.scale,
+            **_subspace(config),
+        ),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _natural_galore_paper(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
+    given = dict(history=config.history, damping=config.damping)
+    return ng.natural_galore(learning_rate, **{**ng.PAPER, **_shared(config), **given})
+
+
+def _shared(config: OptimizerConfig) -> dict[str, Any]:
+    """Arguments that everything with a GaLore in it has."""
+    return dict(
         rank=config.rank,
         update_proj_gap=config.update_proj_gap,
         scale=config.scale,
-        history=config.history,
-        damping=config.damping,
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,
-        residual=config.residual,
-        history_dtype=_stored(config.history_dtype),
-        moments_dtype=_stored(config.moments_dtype),
-        basis_dtype=_stored(config.basis_dtype),
-        accumulation_steps=accumulation_steps,
     )
+
+
+def _subspace(config: OptimizerConfig) -> dict[str, Any]:
+    """Where the subspace comes from, how it is kept, and what is outside it."""
+    rule = {"compensation": ng.compensation, "fira": ng.fira}[config.residual_rule]
+    return dict(
+        projector=_PROJECTORS[config.projector](),
+        residual=None if config.residual is None else rule(config.residual),
+        basis_dtype=_stored(config.basis_dtype),
+    )
+
+
+_PROJECTORS = {
+    "subspace_iteration": ng.subspace_iteration,
+    "svd": ng.svd,
+    "eigh": ng.eigh,
+    "gaussian": ng.gaussian,
+    "switching": variants.switching,
+    "averaged": variants.averaged,
+}
 
 
 def _muon(
@@ -252,15 +310,10 @@ def _reference(
 ) -> optax.GradientTransformation:
     return ng.reference(
         learning_rate,
-        rank=config.rank,
         mode=config.reference_mode,
-        update_proj_gap=config.update_proj_gap,
-        scale=config.scale,
         history=config.history,
         damping=config.damping,
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
+        **_shared(config),
         factor_learning_rate=lambda step: (
             learning_rate(step) / peak / config.update_proj_gap
         ),
@@ -291,6 +344,7 @@ _METHODS: dict[str, _Method] = {
     "adamw": _adamw,
     "galore": _galore,
     "natural_galore": _natural_galore,
+    "natural_galore_paper": _natural_galore_paper,
     "muon": _muon,
     "optax_galore": _optax_galore,
     "reference": _reference,

@@ -144,11 +144,49 @@ def test_galore_updates_have_the_rank_asked_for(name):
     assert np.linalg.matrix_rank(kernel, tol=1e-6).tolist() == [3, 3]
 
 
-def test_the_residual_reaches_natural_galore():
-    full = up_kernel(third_updates(config_of("natural_galore")))
-    dropped = up_kernel(third_updates(config_of("natural_galore", residual=None)))
+@pytest.mark.parametrize("rule", ["compensation", "fira"])
+@pytest.mark.parametrize("name", ["galore", "natural_galore"])
+def test_the_residual_reaches(name, rule):
+    put_back = dict(residual=2.0, residual_rule=rule)
+    full = up_kernel(third_updates(config_of(name, **put_back)))
+    dropped = up_kernel(third_updates(config_of(name)))
     assert min(np.linalg.matrix_rank(full, tol=1e-7)) > 3
     assert np.linalg.matrix_rank(dropped, tol=1e-7).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("galore", dict(projector="svd")),
+        ("galore", dict(projector="gaussian")),
+        ("galore", dict(projector="switching")),
+        ("galore", dict(projector="averaged")),
+        ("galore", dict(moments_at_refresh="keep")),
+        ("natural_galore", dict(history_at_refresh="keep")),
+        ("natural_galore", dict(relative_damping=True, damping=1.0)),
+        ("natural_galore", dict(fisher="model")),
+        ("natural_galore", dict(fisher="averages")),
+        ("natural_galore", dict(projector="gaussian", fisher="model")),
+        ("natural_galore_paper", dict(history=1)),
+    ],
+)
+def test_settings_reach_the_update(name, settings):
+    plain = up_kernel(third_updates(config_of(name)))
+    other = up_kernel(third_updates(config_of(name, **settings)))
+    assert not np.allclose(plain, other, rtol=1e-2)
+
+
+def test_the_paper_preset_is_the_librarys():
+    tx = ng.natural_galore(
+        learning_rate_schedule(config_of("natural_galore_paper"), 1e-2, STEPS),
+        **{**ng.PAPER, **dict(rank=3, update_proj_gap=2, history=3)},
+    )
+    params = {"kernel": up_kernel(make_params())}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for seed in (1, 2, 3):
+        updates, state = update({"kernel": up_kernel(make_params(seed))}, state)
+    actual = up_kernel(third_updates(config_of("natural_galore_paper")))
+    np.testing.assert_allclose(actual, updates["kernel"], rtol=1e-3, atol=1e-6)
 
 
 def test_online_factors_follow_the_schedule():
