@@ -31,6 +31,7 @@ CONFIG = LlamaConfig(
 
 PUBLISHED_COUNTS = {
     "demo": 1_328_256,
+    "small": 6_586_112,
     "llama_9m": 8_995_968,
     "llama_20m": 19_548_416,
     "llama_35m": 35_197_824,
