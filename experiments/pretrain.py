@@ -173,7 +173,7 @@ def train_on(
         Checkpointer(
             folder.checkpoints,
             keep=run.keep_checkpoints,
-            identity=config.identity() | text.identity,
+            identity=config.identity() | {"fingerprints": text.identity},
             config=settings,
             report=report,
         )

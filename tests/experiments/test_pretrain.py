@@ -123,6 +123,14 @@ def test_a_run_is_not_overwritten_unasked(straight, texts, capsys):
     assert len(rows(straight)) == STEPS
 
 
+def test_a_run_does_not_go_on_with_other_text_settings(straight, texts, capsys):
+    other = arguments(texts, straight, "--resume", "--validation-tokens", "32")
+    assert main(other) == 1
+    error = capsys.readouterr().err
+    assert "text.validation_tokens: 200 there, 32 now" in error
+    assert len(rows(straight)) == STEPS
+
+
 def test_a_mistake_does_not_cost_the_run_that_would_be_overwritten(
     straight, texts, tmp_path, capsys
 ):
