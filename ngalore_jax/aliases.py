@@ -17,6 +17,7 @@ from ngalore_jax.matrices import (
 )
 from ngalore_jax.moments import scale_by_subspace_adam
 from ngalore_jax.natural import scale_by_natural_gradient
+from ngalore_jax.orthogonal import Orthogonal
 from ngalore_jax.projection import finite_or_zero
 from ngalore_jax.projectors import Projector, svd
 from ngalore_jax.residual import Residual
@@ -58,7 +59,7 @@ def natural_galore(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     projector: Projector | None = None,
-    residual: Residual | float | None = 2.0,
+    residual: Residual | Orthogonal | float | None = 2.0,
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
     *,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -104,8 +105,8 @@ def natural_galore(
       mask: Tree of bools, or a function of the parameters that returns one: which
         leaves decay. None for all.
       projector: See :func:`ngalore_jax.low_rank`.
-      residual: Weight of the gradient outside the subspace, a rule such as
-        :func:`ngalore_jax.compensation`, or None to drop it.
+      residual: Weight of the gradient outside the subspace, a rule (see
+        :func:`ngalore_jax.low_rank`), or None to drop it.
       weight_dimension_numbers: Which leaves are projected, and along which axes. By
         default all matrices but embeddings, output layers and norms.
       adam_learning_rate: Learning rate of the leaves that are not projected, None for
@@ -197,7 +198,7 @@ def galore(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     projector: Projector | None = None,
-    residual: Residual | float | None = None,
+    residual: Residual | Orthogonal | float | None = None,
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
     *,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,

@@ -15,10 +15,13 @@ import optax
 
 from ngalore_jax import projection, sharding, storage
 from ngalore_jax.matrices import MatrixView, work_dtype
+from ngalore_jax.orthogonal import Orthogonal, outside_orthogonal
 from ngalore_jax.projectors import Projector, first_basis
-from ngalore_jax.residual import Residual
+from ngalore_jax.residual import Residual, ResidualState
 
 _NOTHING = optax.MaskedNode()
+# Of a momentum's rounding; moments inside the subspace have small even and odd ones.
+_MOMENTUM_SALT = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class ProjectedLeaf:
 
     view: MatrixView
     projector: Projector
-    residual: Residual | None
+    residual: Residual | Orthogonal | None
     basis_dtype: jnp.dtype | None
 
     def basis(self, leaf: Any) -> storage.Stored:
@@ -52,19 +55,20 @@ class ProjectedLeaf:
         shape = (*self.view.batch_shape, self.view.rank, self.view.n)
         return sharding.zeros(shape, work_dtype(leaf), self._specs(leaf).low)
 
-    def energy(self, leaf: Any) -> jax.Array | optax.MaskedNode:
-        """Residual state, ``(*batch, n)``."""
-        if self.residual is None or not self.residual.keeps_energy:
-            return _NOTHING
-        shape = (*self.view.batch_shape, self.view.n)
-        return sharding.zeros(shape, work_dtype(leaf), self._specs(leaf).columns)
-
-    def norm(self, leaf: Any) -> jax.Array | optax.MaskedNode:
-        """Residual state, ``(*batch,)``."""
-        if self.residual is None:
-            return _NOTHING
-        specs = self._specs(leaf)
-        return sharding.zeros(self.view.batch_shape, work_dtype(leaf), specs.batch)
+    def outside(self, leaf: Any) -> ResidualState:
+        """Zeros that the residual starts from."""
+        specs, dtype = self._specs(leaf), work_dtype(leaf)
+        energy = norm = momentum = _NOTHING
+        if isinstance(self.residual, Orthogonal):
+            momentum = self._momentum_codec(self.residual, leaf).zeros(
+                leaf.shape, dtype, sharding.spec_of(leaf)
+            )
+        elif self.residual is not None:
+            norm = sharding.zeros(self.view.batch_shape, dtype, specs.batch)
+            if self.residual.keeps_energy:
+                shape = (*self.view.batch_shape, self.view.n)
+                energy = sharding.zeros(shape, dtype, specs.columns)
+        return ResidualState(energy, norm, momentum)
 
     def no_rotation(self, leaf: Any) -> jax.Array:
         """Stands for the rotation where there is no refresh, ``(*batch, r, r)``."""
@@ -102,7 +106,7 @@ class ProjectedLeaf:
         self, gradient: jax.Array, basis: storage.Stored
     ) -> tuple[jax.Array, jax.Array]:
         """Projected gradient, and which matrices are finite ``(*batch, 1, 1)``."""
-        specs, exact = self._specs(gradient), self.residual is not None
+        specs, exact = self._specs(gradient), isinstance(self.residual, Residual)
         fn = functools.partial(projection.project, view=self.view, exact=exact)
         basis = self._codec(gradient).decode(basis, work_dtype(gradient))
         return sharding.pinned(_multiply(fn, specs), (specs.low, specs.basis))(
@@ -116,46 +120,110 @@ class ProjectedLeaf:
         low: jax.Array,
         finite: jax.Array,
         direction: jax.Array,
-        energy: jax.Array | optax.MaskedNode,
-        norm: jax.Array | optax.MaskedNode,
+        outside: ResidualState,
         count: jax.Array,
         scale: jax.typing.ArrayLike,
-    ) -> tuple[jax.Array, Any, Any]:
+    ) -> tuple[jax.Array, ResidualState]:
         """Update in the leaf's shape and dtype, and the residual's new state."""
         scale = jnp.asarray(scale, low.dtype)
         basis = self._codec(gradient).decode(basis, low.dtype)
-        full, specs = sharding.spec_of(gradient), self._specs(gradient)
-        if self.residual is None:
-            fn = functools.partial(projection.project_back, view=self.view)
-            update = sharding.pinned(_multiply(fn, specs), full)(
-                direction, basis, scale
+        if isinstance(self.residual, Residual):
+            update, outside = self._with_columns(
+                self.residual,
+                outside,
+                (direction, basis, gradient, low, finite, count, scale),
             )
         else:
-            fn = functools.partial(
-                projection.project_back_with_residual,
-                view=self.view,
-                residual=self.residual,
+            fn = functools.partial(projection.project_back, view=self.view)
+            fn = _multiply(fn, self._specs(gradient))
+            update = sharding.pinned(fn, sharding.spec_of(gradient))(
+                direction, basis, scale
             )
-            # As operands: what is pinned must not close over a traced number.
-            numbers = tuple(
-                jnp.asarray(x, low.dtype) for x in self.residual.hyperparameters
-            )
-            columns = specs.columns if self.residual.keeps_energy else _NOTHING
-            update, energy, norm = sharding.pinned(
-                _multiply(fn, specs), (full, columns, specs.batch)
-            )(
-                direction,
-                basis,
+            if self.residual is not None:
+                added, outside = self._orthogonal(
+                    self.residual, gradient, basis, finite, outside, count
+                )
+                update += scale * added
+        return update.astype(gradient.dtype), outside
+
+    def _with_columns(
+        self, residual: Residual, outside: ResidualState, operands: tuple[Any, ...]
+    ) -> tuple[jax.Array, ResidualState]:
+        """The whole update with a residual that scales columns."""
+        direction, basis, gradient, low, finite, count, scale = operands
+        specs = self._specs(gradient)
+        fn = functools.partial(
+            projection.project_back_with_residual, view=self.view, residual=residual
+        )
+        columns = specs.columns if residual.keeps_energy else _NOTHING
+        update, energy, norm = sharding.pinned(
+            _multiply(fn, specs), (sharding.spec_of(gradient), columns, specs.batch)
+        )(
+            direction,
+            basis,
+            gradient,
+            low,
+            finite,
+            outside.energy,
+            outside.norm,
+            count,
+            scale,
+            _operands(residual, low.dtype),
+        )
+        return update, outside._replace(energy=energy, norm=norm)
+
+    def _orthogonal(
+        self,
+        residual: Orthogonal,
+        gradient: jax.Array,
+        basis: jax.Array,
+        finite: jax.Array,
+        outside: ResidualState,
+        count: jax.Array,
+    ) -> tuple[jax.Array, ResidualState]:
+        """What an orthogonal residual adds, in the leaf's shape."""
+        codec = self._momentum_codec(residual, gradient)
+        full, specs = sharding.spec_of(gradient), self._specs(gradient)
+        orthogonalise = sharding.spread(
+            lambda x, basis, _: outside_orthogonal(
+                x, basis, iterations=residual.iterations
+            ),
+            sharding.spreading_axes(self.view, gradient),
+            specs.matrix,
+        )
+
+        def fn(
+            gradient: jax.Array,
+            basis: jax.Array,
+            finite: jax.Array,
+            stored: storage.Stored,
+            count: jax.Array,
+            numbers: tuple[jax.Array, jax.Array],
+        ) -> tuple[jax.Array, storage.Stored]:
+            weight, decay = numbers
+            momentum, ahead = projection.next_momentum(
                 gradient,
-                low,
+                codec.decode(stored, basis.dtype),
                 finite,
-                energy,
-                norm,
-                count,
-                scale,
-                numbers,
+                decay,
+                view=self.view,
             )
-        return update.astype(gradient.dtype), energy, norm
+            added = orthogonalise(self.view.to_matrix(ahead), basis, count)
+            bits = storage.random_bits(gradient.shape, count, _MOMENTUM_SALT)
+            return (
+                weight * self.view.from_matrix(added),
+                codec.encode(momentum, bits),
+            )
+
+        added, momentum = sharding.pinned(fn, (full, codec.specs(full)))(
+            gradient,
+            basis,
+            finite,
+            outside.momentum,
+            count,
+            _operands(residual, basis.dtype),
+        )
+        return added, outside._replace(momentum=momentum)
 
     def _specs(self, leaf: Any) -> sharding.LeafSpecs:
         return sharding.leaf_specs(self.view, leaf)
@@ -163,6 +231,19 @@ class ProjectedLeaf:
     def _codec(self, leaf: Any) -> storage.Codec:
         """How the basis is stored: in int8 with a scale a row."""
         return storage.Codec(self.basis_dtype or work_dtype(leaf), axes=(-1,))
+
+    def _momentum_codec(self, residual: Orthogonal, leaf: Any) -> storage.Codec:
+        """How a residual's momentum is stored: in int8 with a scale a column."""
+        axes = tuple(axis - len(self.view.shape) for axis in self.view.projected)
+        dtype = residual.momentum_dtype or work_dtype(leaf)
+        return storage.Codec(dtype, storage.Curve.SQUARE, axes)
+
+
+def _operands(
+    residual: Residual | Orthogonal, dtype: jnp.dtype
+) -> tuple[jax.Array, ...]:
+    """A rule's numbers as arrays: what is pinned must not close over a traced one."""
+    return tuple(jnp.asarray(x, dtype) for x in residual.hyperparameters)
 
 
 def _multiply(fn: Callable[..., Any], specs: sharding.LeafSpecs) -> Callable[..., Any]:
@@ -181,7 +262,9 @@ class FullRankLeaf:
         """Nothing."""
         return _NOTHING
 
-    energy = norm = basis
+    def outside(self, leaf: Any) -> ResidualState:
+        """Nothing."""
+        return ResidualState(_NOTHING, _NOTHING, _NOTHING)
 
     def low(self, leaf: Any) -> Any:
         """The leaf itself."""
@@ -210,10 +293,9 @@ class FullRankLeaf:
         low: jax.Array,
         finite: None,
         direction: jax.Array,
-        energy: optax.MaskedNode,
-        norm: optax.MaskedNode,
+        outside: ResidualState,
         count: jax.Array,
         scale: jax.typing.ArrayLike,
-    ) -> tuple[jax.Array, optax.MaskedNode, optax.MaskedNode]:
+    ) -> tuple[jax.Array, ResidualState]:
         """The direction, unscaled."""
-        return direction.astype(gradient.dtype), energy, norm
+        return direction.astype(gradient.dtype), outside

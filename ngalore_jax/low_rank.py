@@ -12,6 +12,7 @@ papers (2403.03507, 2410.16029)       here           shape, for one matrix
 ====================================  =============  ==============================
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -26,6 +27,7 @@ from ngalore_jax.matrices import (
     matrix_view,
     resolve_dimension_numbers,
 )
+from ngalore_jax.orthogonal import Orthogonal
 from ngalore_jax.projectors import Projector, subspace_iteration
 from ngalore_jax.residual import Residual, ResidualState, compensation
 from ngalore_jax.subspace import SubspaceChange, when
@@ -47,7 +49,7 @@ def low_rank(
     scale: optax.ScalarOrSchedule = 1.0,
     *,
     projector: Projector | None = None,
-    residual: Residual | float | None = None,
+    residual: Residual | Orthogonal | float | None = None,
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
     side: Side = "smaller",
     clip_rank: bool = False,
@@ -87,8 +89,9 @@ def low_rank(
         :func:`~ngalore_jax.svd`, :func:`~ngalore_jax.eigh`,
         :func:`~ngalore_jax.gaussian`, or a function like them.
       residual: Rule that puts the gradient outside the subspace back,
-        :func:`ngalore_jax.compensation`; a number is the weight of that rule; None
-        drops it, as GaLore does.
+        :func:`ngalore_jax.compensation`, :func:`ngalore_jax.fira` or
+        :func:`ngalore_jax.orthogonal`; a number is the weight of the first; None drops
+        it, as GaLore does.
       weight_dimension_numbers: Which leaves are projected, along which axes: see
         :func:`ngalore_jax.default_dimension_numbers`, the default, and
         :class:`ngalore_jax.MatrixDimensionNumbers`. A spec, a tree or a function.
@@ -141,7 +144,7 @@ def low_rank(
     basis_dtype = storage.check_dtype("basis_dtype", basis_dtype)
     inner = optax.with_extra_args_support(inner)
     projector = subspace_iteration() if projector is None else projector
-    if residual is not None and not isinstance(residual, Residual):
+    if residual is not None and not isinstance(residual, Residual | Orthogonal):
         residual = compensation(residual)
 
     def plan(tree: optax.Params) -> list[ProjectedLeaf | FullRankLeaf]:
@@ -173,10 +176,7 @@ def low_rank(
             count=jnp.zeros([], jnp.int32),
             projector=tree([how.basis(p) for how, p in plans]),
             inner=inner_state,
-            residual=ResidualState(
-                energy=tree([how.energy(p) for how, p in plans]),
-                norm=tree([how.norm(p) for how, p in plans]),
-            ),
+            residual=_stacked(tree, [how.outside(p) for how, p in plans]),
         )
 
     def update(
@@ -224,11 +224,10 @@ def low_rank(
             lows,
             finite,
             leaves_of(directions),
-            leaves_of(state.residual.energy),
-            leaves_of(state.residual.norm),
+            map(ResidualState, *map(leaves_of, state.residual)),
         )
-        out, energy, norm = _transpose(
-            3,
+        out, outside = _transpose(
+            2,
             [
                 h.project_back(*stage, count=count, scale=factor)
                 for h, stage in zip(how, stages)
@@ -238,13 +237,20 @@ def low_rank(
             count=jnp.asarray(optax.safe_increment(count)),
             projector=tree(bases),
             inner=inner_state,
-            residual=ResidualState(tree(energy), tree(norm)),
+            residual=_stacked(tree, outside),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _transpose(width: int, rows: list[tuple[Any, ...]]) -> tuple[list[Any], ...]:
+def _stacked(
+    tree: Callable[[list[Any]], optax.Updates], leaves: list[ResidualState]
+) -> ResidualState:
+    """States of single leaves as one of trees."""
+    return ResidualState(*map(tree, _transpose(len(ResidualState._fields), leaves)))
+
+
+def _transpose(width: int, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
     """Rows of ``width`` to that many columns, also where there is no row."""
     return tuple([row[i] for row in rows] for i in range(width))
 
@@ -254,7 +260,7 @@ def _check_arguments(
     update_proj_gap: Any,
     side: str,
     accumulation_steps: int | None,
-    residual: Residual | float | None,
+    residual: Residual | Orthogonal | float | None,
 ) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int | None):
         raise TypeError(

@@ -125,6 +125,22 @@ def project_back_with_residual(
     return inside + jnp.where(usable, columns * gradient, 0), energy, norm
 
 
+def next_momentum(
+    gradient: jax.Array,
+    momentum: jax.Array,
+    finite: jax.Array,
+    decay: jax.Array,
+    *,
+    view: MatrixView,
+) -> tuple[jax.Array, jax.Array]:
+    """Momentum like the leaf, and it with Nesterov's look ahead."""
+    shape = (*view.batch_shape, view.n)
+    usable = view.from_columns(jnp.broadcast_to(finite[..., 0], shape))
+    added = (1 - decay) * jnp.where(usable, gradient.astype(momentum.dtype), 0)
+    momentum = decay * momentum + added
+    return momentum, decay * momentum + added
+
+
 def finite_or_zero(gradient: jax.Array) -> jax.Array:
     """The gradient, or zeros if any entry of it is a NaN or an Inf."""
     return jnp.where(jnp.all(jnp.isfinite(gradient)), gradient, 0)

@@ -23,11 +23,12 @@ _NOISE_FLOOR = 1e-6
 
 
 class ResidualState(NamedTuple):
-    """What a rule remembers of each projected leaf; ``MaskedNode()`` elsewhere."""
+    """What a rule remembers of each projected leaf; ``MaskedNode()`` if nothing."""
 
-    # (..., n) float32 (float64 for float64 leaves), MaskedNode() if the rule has none
+    # (..., n) float32 (float64 for float64 leaves)
     energy: optax.Updates
     norm: optax.Updates  # (...) likewise, the norm of the term added last
+    momentum: optax.Updates  # like the leaf, as stored
 
 
 class Columns(NamedTuple):
@@ -96,9 +97,9 @@ def compensation(
       Gong et al., 2025 (arXiv 2502.07752), section 4.3; Chen et al., Fira, 2024
       (arXiv 2410.01623), equation 8.
     """
-    _check("weight", weight, lambda x: x >= 0, "at least 0")
-    _check("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
-    _check("max_growth", max_growth, lambda x: x > 1, "above 1")
+    check_number("weight", weight, lambda x: x >= 0, "at least 0")
+    check_number("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
+    check_number("max_growth", max_growth, lambda x: x > 1, "above 1")
 
     return Residual(_compensate, (weight, decay, max_growth))
 
@@ -133,8 +134,8 @@ def fira(
     References:
       Chen et al., Fira, 2024 (arXiv 2410.01623), equations 6 to 8.
     """
-    _check("weight", weight, lambda x: x >= 0, "at least 0")
-    _check("max_growth", max_growth, lambda x: x > 1, "above 1")
+    check_number("weight", weight, lambda x: x >= 0, "at least 0")
+    check_number("max_growth", max_growth, lambda x: x > 1, "above 1")
 
     return Residual(_fira, (weight, max_growth), keeps_energy=False)
 
@@ -188,8 +189,9 @@ def _quotient(x: jax.typing.ArrayLike, y: jax.Array) -> jax.Array:
     return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
 
 
-def _check(
+def check_number(
     name: str, value: jax.typing.ArrayLike, ok: Callable[[float], bool], needed: str
 ) -> None:
+    """Raises ValueError if a concrete number is out of range; traced ones pass."""
     if isinstance(value, int | float) and not ok(value):
         raise ValueError(f"{name} must be {needed}, got {value}.")

@@ -39,6 +39,7 @@ class LeafSpecs(NamedTuple):
     basis: Spec  # (..., m, r), and (..., r, r)
     used_basis: Spec  # (..., m, r), m split like the leaf, for products with it
     low: Spec  # (..., r, n)
+    matrix: Spec  # (..., m, n)
     columns: Spec  # (..., n)
     batch: Spec  # (...)
 
@@ -61,6 +62,7 @@ def leaf_specs(view: MatrixView, leaf: Any) -> LeafSpecs:
         Spec(*batch, None, None),
         Spec(*batch, projected, None),
         Spec(*batch, projected if split_rank else None, kept),
+        Spec(*batch, projected, kept),
         Spec(*batch, kept),
         Spec(*batch),
     )
