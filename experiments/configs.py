@@ -220,7 +220,10 @@ class OptimizerConfig:
             subspace chosen anew or, online, moved a little every step (reference).
         residual: Weight of the gradient outside the subspace. None: it is dropped, as
             published (galore, natural_galore).
-        residual_rule: How it is scaled (the same two).
+        residual_rule: What becomes of it: columns are scaled by their energy over time
+            (compensation) or as the optimizer scales them inside (fira), or its
+            momentum, a byte an element, is orthogonalised as by Muon (orthogonal; the
+            same two).
         history_dtype: How the Fisher's gradients are stored (natural_galore).
         moments_dtype: How Adam's moments of the projected matrices are stored (galore,
             natural_galore).
@@ -256,7 +259,7 @@ class OptimizerConfig:
     fisher: Fisher = "matrix"
     reference_mode: ng.ReferenceMode = "natural_galore"
     residual: float | None = None
-    residual_rule: Literal["compensation", "fira"] = "compensation"
+    residual_rule: Literal["compensation", "fira", "orthogonal"] = "compensation"
     history_dtype: StorageDtype = "int8"
     moments_dtype: StorageDtype = "float32"
     basis_dtype: StorageDtype = "float32"

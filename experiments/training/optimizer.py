@@ -258,10 +258,16 @@ def _shared(config: OptimizerConfig) -> dict[str, Any]:
 
 def _subspace(config: OptimizerConfig) -> dict[str, Any]:
     """Where the subspace comes from, how it is kept, and what is outside it."""
-    rule = {"compensation": ng.compensation, "fira": ng.fira}[config.residual_rule]
+    rules = {
+        "compensation": ng.compensation,
+        "fira": ng.fira,
+        "orthogonal": ng.orthogonal,
+    }
     return dict(
         projector=_PROJECTORS[config.projector](),
-        residual=None if config.residual is None else rule(config.residual),
+        residual=None
+        if config.residual is None
+        else rules[config.residual_rule](config.residual),
         basis_dtype=_stored(config.basis_dtype),
     )
 

@@ -127,6 +127,24 @@ class Fira:
         return self.weight * added * limited / norm
 
 
+class Orthogonal:
+    """Muon's update of what is outside, for a matrix whose rows are projected."""
+
+    def __init__(self, weight: float, decay: float):
+        self.weight, self.decay = weight, decay
+        self.momentum: Array | float = 0.0
+
+    def __call__(self, g: Array, p: Array) -> Array:
+        new = (1 - self.decay) * g
+        self.momentum = self.decay * self.momentum + new
+        ahead = self.decay * self.momentum + new
+        u, s, vh = np.linalg.svd(ahead - p @ (p.T @ ahead), full_matrices=False)
+        s = s / np.linalg.norm(s)
+        for _ in range(5):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        return self.weight * np.sqrt(max(g.shape)) * (u * s) @ vh
+
+
 class Matrix:
     """Sections 1, 2 and 7 for one matrix: ``step(G)`` gives the update's direction.
 

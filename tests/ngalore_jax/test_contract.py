@@ -128,6 +128,7 @@ STEP_SIZE = dict.fromkeys(NAMES, -LEARNING_RATE) | {
     "galore": 1.0,
     "natural_galore": 1.0,
     "natural_galore(int8)": 1.0,
+    "natural_galore(orthogonal)": 1.0,
     "natural_galore(PAPER)": 8.0,
     "reference": 1.0,
     "reference(online)": 1.0,
@@ -180,6 +181,7 @@ def test_float64_under_x64(name):
         dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(update)}
     small = {
         "natural_galore": {"int8", "bfloat16"},  # its history, and the scales of that
+        "natural_galore(orthogonal)": {"int8", "bfloat16"},
         "natural_galore(int8)": {"int8", "uint8", "bfloat16"},
     }
     assert dtypes == {"int32", "float64"} | small.get(name, set())

@@ -58,6 +58,16 @@ TRANSFORMS: dict[str, tuple[Factory, dict[str, Any]]] = {
             basis_dtype="int8",
         ),
     ),
+    "natural_galore(orthogonal)": (
+        ng.natural_galore,
+        dict(
+            learning_rate=LEARNING_RATE,
+            rank=2,
+            update_proj_gap=GAP,
+            history=3,
+            residual=ng.orthogonal(momentum_dtype=None),
+        ),
+    ),
     "natural_galore(PAPER)": (
         ng.natural_galore,
         {
