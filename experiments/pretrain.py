@@ -213,7 +213,10 @@ def train_on(
         progress=stack.enter_context(ConsoleProgress(console, steps=steps, done=done)),
         earlier=earlier,
         throughput=Throughput.of(
-            config.model, config.text.sequence_length, config.devices
+            config.model,
+            config.text.sequence_length,
+            config.devices,
+            config.optimization.adapter,
         ),
     )
 

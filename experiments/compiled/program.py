@@ -186,7 +186,9 @@ def compile_step(
     seconds = time.perf_counter() - started
     memory, counts = compiled.memory_analysis(), count(compiled.as_text())
     tokens = config.run.batch_size * config.text.sequence_length
-    model_flops = tokens * flops_per_token(config.model, config.text.sequence_length)
+    model_flops = tokens * flops_per_token(
+        config.model, config.text.sequence_length, config.optimization.adapter
+    )
     return Costs(
         compile_seconds=seconds,
         code=memory.generated_code_size_in_bytes,

@@ -9,8 +9,10 @@ import pytest
 from experiments.models.functional import functional_llama
 from experiments.models.llama import LlamaConfig, parameter_count
 from experiments.models.llama_config import PRESETS
+from experiments.models.lora import Adapter
 from experiments.training import throughput
 from experiments.training.chips import known_chip
+from experiments.training.step import next_token_loss
 from experiments.training.throughput import Throughput, flops_per_token
 
 CONFIG = LlamaConfig(
@@ -32,6 +34,23 @@ def test_flops_are_those_of_the_compiled_forward_pass():
     # A third of the step is forward. XLA adds norms, rotations and the softmax.
     ours = flops_per_token(CONFIG, length) / 3 * batch * length
     assert ours < counted < 1.06 * ours
+
+
+@pytest.mark.parametrize("adapter", [Adapter("lora", 16), Adapter("low_rank", 16)])
+def test_flops_with_an_adapter_are_those_of_its_training_step(adapter):
+    batch, length = 4, 128
+    init_params, apply = functional_llama(CONFIG, adapter)
+    loss_fn = next_token_loss(apply)
+    abstract = jax.eval_shape(init_params, jax.random.key(0))
+    data = {
+        "tokens": jax.ShapeDtypeStruct((batch, length + 1), jnp.int32),
+        "weights": jax.ShapeDtypeStruct((batch, length), jnp.float32),
+    }
+    gradient = jax.jit(jax.grad(lambda params, batch: loss_fn(params, batch)[0]))
+    counted = gradient.lower(abstract, data).cost_analysis()["flops"]
+    ours = flops_per_token(CONFIG, length, adapter) * batch * length
+    # Beside norms, rotations and the softmax, the narrow x A is made twice.
+    assert ours < counted < 1.1 * ours
 
 
 @pytest.mark.parametrize("name", ["llama_60m", "llama_7b"])
