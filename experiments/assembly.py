@@ -63,7 +63,7 @@ def refreshes_of(config: PretrainConfig) -> tuple[bool | None, ...]:
     False and True: steady step and refresh. None alone: the optimizer has no refresh
     that it can be told of, or adds up microbatches, when its own count decides.
     """
-    told = ("galore", "natural_galore", "natural_galore_paper")
+    told = ("galore", "natural_galore", "natural_galore_paper", "reference")
     is_told = config.optimization.optimizer in told
     return (False, True) if is_told and config.accumulation_steps is None else (None,)
 

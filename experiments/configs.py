@@ -200,8 +200,9 @@ class OptimizerConfig:
         b2: Decay of the second moment, 0 to 1.
         rank: Directions of the subspace of each matrix (whatever has galore in its
             name, and reference); columns of the first factor (lora, relora, low_rank).
-        update_proj_gap: Steps between two choices of the subspace (galore ...).
-        scale: Factor on the update of a projected matrix (galore ...).
+        update_proj_gap: Steps between two choices of the subspace (whatever has galore
+            in its name, and reference).
+        scale: Factor on the update of a projected matrix (the same).
         projector: How the subspace is chosen (galore, natural_galore). switching and
             averaged are trials: `experiments/training/variants.py` says of what.
         moments_at_refresh: What Adam's moments do when the subspace moves (the same
@@ -214,8 +215,9 @@ class OptimizerConfig:
         history_at_refresh: What the history does when the subspace moves
             (natural_galore).
         fisher: What it is of: the last gradients of each matrix; trials: those of the
-            whole model, or a few averages of each matrix's in place of its history,
-            both in float32 (natural_galore).
+            whole model, or a few averages of each matrix's in place of its history;
+            these are in float32, follow the subspace and are damped by `damping`
+            as it is, whatever the settings of the history (natural_galore).
         reference_mode: What the published code runs: with or without the Fisher, the
             subspace chosen anew or, online, moved a little every step (reference).
         residual: Weight of the gradient outside the subspace. None: it is dropped, as
@@ -363,6 +365,11 @@ class PretrainConfig:
             _check_subspace_accumulation(rest)
         if rest.relora_gap is not None:
             _check_at_least(1, rest, "relora_gap")
+        if rest.residual_rule != "compensation" and rest.residual is None:
+            raise ValueError(
+                f"--residual-rule {rest.residual_rule} is for the gradient outside the "
+                "subspace, which --residual None drops: give its weight, --residual 1."
+            )
 
     @property
     def devices(self) -> int:

@@ -81,7 +81,8 @@ def delete_checkpoints(path: Path) -> None:
 def weigh(arm: Arm) -> dict[str, dict[str, int]]:
     """Returns bytes of optimizer state and number of parameters, abstractly.
 
-    Each of `all`, and of the `matrices` alone, which the arm's method trains.
+    Each of `all`, and of the `matrices` alone, which are left to the arm's method,
+    with kernels that it freezes.
     """
     parts = parts_of(arm.config)
     params = jax.eval_shape(lambda: parts.init_params(jax.random.key(0)))

@@ -24,14 +24,14 @@ from experiments.training.relora import jagged, relora
 # A matrix is the last two axes; an axis in front of them counts layers.
 _MUON_AXES = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
-# Their products of sharded matrices do not say how the result is to be sharded, which
-# a mesh with explicit axes demands.
+# Products and sums of sharded matrices in these do not say how the result is to be
+# sharded, which a mesh with explicit axes demands.
 _AUTO_AXES_ONLY = ("muon", "optax_galore")
 
 
 def takes_explicit_axes(config: OptimizerConfig) -> bool:
     """Whether the optimizer runs on a mesh with explicit axes, or on auto ones only."""
-    return config.optimizer not in _AUTO_AXES_ONLY
+    return config.optimizer not in _AUTO_AXES_ONLY and config.fisher == "matrix"
 
 
 def build_optimizer(
@@ -223,7 +223,12 @@ def _natural_galore_trial(
         fisher = variants.scale_by_model_fisher(config.history, config.damping)
     else:
         fisher = variants.scale_by_averaged_history(config.damping)
-    adam = ng.scale_by_subspace_adam(config.b1, config.b2)
+    adam = ng.scale_by_subspace_adam(
+        config.b1,
+        config.b2,
+        at_refresh=config.moments_at_refresh,
+        moments_dtype=_stored(config.moments_dtype),
+    )
     return optax.chain(
         ng.low_rank(
             optax.chain(fisher, adam),

@@ -1,7 +1,7 @@
 """Subspaces and Fishers that were tried beside the library's, built from its parts.
 
 What helped went into `ngalore_jax`; these are kept so that what did not can be measured
-again (experiments/README.md says what came of it). Written for one device.
+again. The Fishers say nothing about sharding: on a mesh they need auto axes.
 """
 
 import math

@@ -186,6 +186,14 @@ def test_subspace_accumulation_has_one_program(four_chips):
     assert only.refresh is None
 
 
+def test_the_reference_is_told_of_its_refreshes(four_chips):
+    config, extra = compile_tpu.parse_args(
+        "--model demo --optimizer reference --rank 4".split()
+    )
+    programs = compile_tpu._programs(config, extra)
+    assert [program.refresh for program in programs] == [None, False, True]
+
+
 def test_a_row_says_each_figure_once():
     result = {
         "compile_seconds": 12.3,

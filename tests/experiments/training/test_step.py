@@ -108,7 +108,7 @@ def test_a_batch_without_weight_changes_nothing():
 
 def test_step_compiles_once_and_gives_up_the_old_state():
     optimizer = build_optimizer(
-        OptimizerConfig(rank=4, update_proj_gap=2, history=3),
+        OptimizerConfig(rank=4, update_proj_gap=2, history=3, residual=2.0),
         learning_rate=1e-3,
         steps=10,
     )
@@ -132,9 +132,19 @@ def test_evaluation_weighs_tokens_not_batches():
     assert evaluate(make_table(), batches) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["natural_galore", "muon", "optax_galore"])
-def test_a_mesh_trains_as_one_device_does(name):
-    config = OptimizerConfig(optimizer=name, rank=4, update_proj_gap=2, history=3)
+@pytest.mark.parametrize(
+    ("name", "fisher"),
+    [
+        ("natural_galore", "matrix"),
+        ("natural_galore", "model"),
+        ("muon", "matrix"),
+        ("optax_galore", "matrix"),
+    ],
+)
+def test_a_mesh_trains_as_one_device_does(name, fisher):
+    config = OptimizerConfig(
+        name, rank=4, update_proj_gap=2, history=3, residual=2.0, fisher=fisher
+    )
 
     def train(mesh):
         optimizer = build_optimizer(config, learning_rate=1e-2, steps=10)
@@ -180,7 +190,7 @@ def test_a_mesh_trains_as_one_device_does(name):
 
 def toy_run(explicit: bool | None):
     """An optimizer, and a mesh with the context that enters it, or none."""
-    config = OptimizerConfig(rank=4, update_proj_gap=2, history=3)
+    config = OptimizerConfig(rank=4, update_proj_gap=2, history=3, residual=2.0)
     mesh = None if explicit is None else make_mesh(data=2, fsdp=4, explicit=explicit)
     optimizer = build_optimizer(config, learning_rate=1e-2, steps=10)
     context = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
