@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Share of a column's energy below which "outside" is rounding of the projection.
+# Share of a column's energy below which what a rule divides by is rounding.
 _NOISE_FLOOR = 1e-6
 
 
@@ -116,7 +116,9 @@ def fira(
       d = c\, \phi / \|C\| \cdot \varphi
 
     A column without gradient in the subspace gets none outside. With the natural
-    gradient inside, :math:`R` is what came before it.
+    gradient inside, :math:`R` is what came before it. Departure from the paper: an
+    :math:`R_{:j}` below 1e-3 of the column's norm counts as that, so that Adam's answer
+    to rounding is not amplified.
 
     Args:
       weight: :math:`c`, at least 0. The paper uses 1.
@@ -168,7 +170,8 @@ def _fira(
     del count, codimension
     weight, max_growth = hyperparameters
     outside = jnp.maximum(columns.total - columns.inside, 0)
-    squared = _quotient(columns.direction, columns.inside)
+    inside = jnp.maximum(columns.inside, _NOISE_FLOOR * columns.total)
+    squared = _quotient(columns.direction, inside)
     shrink, norm = _limit(jnp.sum(outside * squared, axis=-1), norm, max_growth)
     return weight * shrink[..., None] * jnp.sqrt(squared), energy, norm
 

@@ -80,13 +80,30 @@ def test_fira_adds_nothing_where_the_inside_is_silent():
 
 
 def test_fira_leaves_a_column_without_inside_alone():
+    """Column 1 lies outside the first direction as a whole; column 0 does in part."""
     g = np.zeros((4, 6))
-    g[0], g[1, 1] = 3.0, 0.0
-    g[1, 2:] = 1e-3  # outside the first direction, where there is an inside too
-    g[:, 1] = 0
-    updates, state = run(adam_with(ng.fira(), 1), [g, g])
-    chex.assert_tree_all_finite((updates, state))
-    assert np.all(updates[1][:, 1] == 0)
+    g[0, 0], g[1, 0], g[1, 1] = 3.0, 1e-3, 0.1
+    first = np.eye(4)[:, :1]
+    tx = ng.low_rank(
+        ng.scale_by_subspace_adam(),
+        1,
+        projector=lambda gradient, basis, count: jnp.asarray(first, basis.dtype),
+        residual=ng.fira(),
+    )
+    updates, states = run(tx, [g, g])
+    chex.assert_tree_all_finite((updates, states))
+    for u in updates:
+        assert u[1, 0] > 0
+        assert np.all(u[:, 1] == 0)
+
+
+def test_fira_does_not_amplify_by_rounding():
+    """An inside of one part in 1e5 of a column counts as one in 1e3."""
+    rule, at = ng.fira(), jnp.asarray(0, jnp.int32)
+    columns = Columns(jnp.ones(2), jnp.array([1e-10, 0.5]), jnp.ones(2))
+    arguments = (optax.MaskedNode(), jnp.zeros(()), at, columns, 4)
+    weight, _, _ = rule.column_scale(rule.hyperparameters, *arguments)
+    chex.assert_trees_all_close(weight, jnp.array([1e3, 2**0.5]), rtol=1e-3)
 
 
 def test_entries_of_the_first_term_are_about_the_weight():
