@@ -6,7 +6,7 @@ from ngalore_jax.low_rank import LowRankState, low_rank
 from ngalore_jax.matrices import MatrixDimensionNumbers, default_dimension_numbers
 from ngalore_jax.moments import scale_by_subspace_adam
 from ngalore_jax.natural import NaturalGradientState, scale_by_natural_gradient
-from ngalore_jax.orthogonal import Orthogonal, orthogonal
+from ngalore_jax.orthogonalized import Orthogonal, orthogonal
 from ngalore_jax.projectors import eigh, gaussian, subspace_iteration, svd
 from ngalore_jax.reference import ReferenceMode, reference
 from ngalore_jax.residual import Residual, ResidualState, compensation, fira

@@ -17,7 +17,7 @@ from ngalore_jax.matrices import (
 )
 from ngalore_jax.moments import scale_by_subspace_adam
 from ngalore_jax.natural import scale_by_natural_gradient
-from ngalore_jax.orthogonal import Orthogonal
+from ngalore_jax.orthogonalized import Orthogonal
 from ngalore_jax.projection import finite_or_zero
 from ngalore_jax.projectors import Projector, svd
 from ngalore_jax.residual import Residual

@@ -15,7 +15,7 @@ import optax
 
 from ngalore_jax import projection, sharding, storage
 from ngalore_jax.matrices import MatrixView, work_dtype
-from ngalore_jax.orthogonal import Orthogonal, outside_orthogonal
+from ngalore_jax.orthogonalized import Orthogonal, outside_orthogonal
 from ngalore_jax.projectors import Projector, first_basis
 from ngalore_jax.residual import Residual, ResidualState
 

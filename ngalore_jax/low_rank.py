@@ -27,7 +27,7 @@ from ngalore_jax.matrices import (
     matrix_view,
     resolve_dimension_numbers,
 )
-from ngalore_jax.orthogonal import Orthogonal
+from ngalore_jax.orthogonalized import Orthogonal
 from ngalore_jax.projectors import Projector, subspace_iteration
 from ngalore_jax.residual import Residual, ResidualState, compensation
 from ngalore_jax.subspace import SubspaceChange, when
