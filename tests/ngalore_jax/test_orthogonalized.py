@@ -4,30 +4,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ngalore_jax as ng
 from tests.ngalore_jax import reference
+from tests.ngalore_jax.residual_runs import only_residual, run
 from tests.ngalore_jax.transforms import low_rank_state
 
 EXACT = ng.orthogonal(1.5, 0.8, momentum_dtype=None)
-
-
-def run(tx, stream):
-    update, state = jax.jit(tx.update), tx.init(jnp.zeros(stream[0].shape))
-    updates, states = [], []
-    for g in stream:
-        u, state = update(jnp.asarray(g, jnp.float32), state)
-        updates.append(np.asarray(u, np.float64))
-        states.append(state)
-    return updates, states
-
-
-def only_residual(residual, rank=2, gap=3, scale=1.0):
-    return ng.low_rank(optax.set_to_zero(), rank, gap, scale, residual=residual)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])

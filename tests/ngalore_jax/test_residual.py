@@ -10,22 +10,7 @@ import pytest
 import ngalore_jax as ng
 from ngalore_jax.residual import Columns
 from tests.ngalore_jax import reference
-
-
-def run(tx, stream):
-    update = jax.jit(tx.update)
-    state = tx.init(jnp.zeros(stream[0].shape))
-    updates, states = [], []
-    for g in stream:
-        u, state = update(jnp.asarray(g, jnp.float32), state)
-        updates.append(np.asarray(u, np.float64))
-        states.append(state)
-    return updates, states
-
-
-def only_residual(residual, rank=2, gap=3, scale=1.0):
-    """``low_rank`` whose inside is silent: updates are the added term alone."""
-    return ng.low_rank(optax.set_to_zero(), rank, gap, scale, residual=residual)
+from tests.ngalore_jax.residual_runs import only_residual, run
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
