@@ -176,6 +176,7 @@ ProjectorName = Literal[
     "subspace_iteration", "svd", "eigh", "gaussian", "switching", "averaged"
 ]
 Fisher = Literal["matrix", "model", "averages"]
+ResidualName = Literal["compensation", "fira", "orthogonal"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,12 +221,12 @@ class OptimizerConfig:
             as it is, whatever the settings of the history (natural_galore).
         reference_mode: What the published code runs: with or without the Fisher, the
             subspace chosen anew or, online, moved a little every step (reference).
-        residual: Weight of the gradient outside the subspace. None: it is dropped, as
-            published (galore, natural_galore).
-        residual_rule: What becomes of it: columns are scaled by their energy over time
-            (compensation) or as the optimizer scales them inside (fira), or its
-            momentum, a byte an element, is orthogonalised as by Muon (orthogonal; the
-            same two).
+        residual: What becomes of the gradient outside the subspace: its columns are
+            scaled by their energy over time (compensation) or as the optimizer scales
+            them inside (fira), or its momentum, a byte an element, is orthogonalised
+            as by Muon (orthogonal). None: it is dropped, as published (galore,
+            natural_galore).
+        residual_weight: Factor on it (the same two).
         history_dtype: How the Fisher's gradients are stored (natural_galore).
         moments_dtype: How Adam's moments of the projected matrices are stored (galore,
             natural_galore).
@@ -260,8 +261,8 @@ class OptimizerConfig:
     history_at_refresh: ng.AtRefresh = "rotate"
     fisher: Fisher = "matrix"
     reference_mode: ng.ReferenceMode = "natural_galore"
-    residual: float | None = None
-    residual_rule: Literal["compensation", "fira", "orthogonal"] = "compensation"
+    residual: ResidualName | None = None
+    residual_weight: float = 1.0
     history_dtype: StorageDtype = "int8"
     moments_dtype: StorageDtype = "float32"
     basis_dtype: StorageDtype = "float32"
@@ -365,11 +366,6 @@ class PretrainConfig:
             _check_subspace_accumulation(rest)
         if rest.relora_gap is not None:
             _check_at_least(1, rest, "relora_gap")
-        if rest.residual_rule != "compensation" and rest.residual is None:
-            raise ValueError(
-                f"--residual-rule {rest.residual_rule} is for the gradient outside the "
-                "subspace, which --residual None drops: give its weight, --residual 1."
-            )
 
     @property
     def devices(self) -> int:

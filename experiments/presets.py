@@ -19,7 +19,7 @@ from experiments.models.llama import PRESETS as MODELS
 # and 7B (its table 3); the ranks between are about a quarter of the hidden size.
 _RANK_AND_STEPS: dict[str, tuple[int, int]] = {
     "demo": (32, 400),
-    "small": (64, 1200),
+    "small": (64, 300),
     "llama_9m": (32, 10_000),
     "llama_20m": (64, 10_000),
     "llama_35m": (96, 10_000),
@@ -38,28 +38,31 @@ _RANK_AND_STEPS: dict[str, tuple[int, int]] = {
 
 def demo(optimizer: OptimizerName = "natural_galore") -> PretrainConfig:
     """``python -m experiments.pretrain``: minutes on two CPU cores, no download."""
-    return _for_two_cores("demo", optimizer, eval_every=50)
+    return _for_two_cores("demo", optimizer, batch_size=16, eval_every=50)
 
 
 def small(optimizer: OptimizerName = "natural_galore") -> PretrainConfig:
     """A second scale for studies: 5.5 M parameters in the matrices, the demo has 0.8 M.
 
-    Like the demo, but for three times as many steps.
+    Steps of twice as many tokens.
     """
-    return _for_two_cores("small", optimizer, eval_every=100)
+    return _for_two_cores("small", optimizer, batch_size=32, eval_every=50)
 
 
 def _for_two_cores(
-    name: PresetName, optimizer: OptimizerName, *, eval_every: int
+    name: PresetName, optimizer: OptimizerName, *, batch_size: int, eval_every: int
 ) -> PretrainConfig:
     return PretrainConfig(
         preset=name,
         model=MODELS[name],
         text=TextConfig(sequence_length=128, validation_tokens=32_768),
-        optimization=_optimization(name, optimizer, update_proj_gap=50),
+        optimization=dataclasses.replace(
+            _optimization(name, optimizer, update_proj_gap=10),
+            adam_learning_rate=8e-3,
+        ),
         run=RunConfig(
             steps=_RANK_AND_STEPS[name][1],
-            batch_size=16,
+            batch_size=batch_size,
             eval_every=eval_every,
             checkpoint_every=2 * eval_every,
         ),
@@ -86,21 +89,16 @@ def llama(
 def _optimization(
     name: PresetName, optimizer: OptimizerName, update_proj_gap: int
 ) -> OptimizerConfig:
-    """GaLore's rank, or what serves Natural GaLore.
-
-    That is a sixteenth of the hidden size, with the gradient outside the subspace put
-    back: experiments/README.md, "What small state costs", says what that does on the
-    demo.
-    """
-    if optimizer == "natural_galore":
-        rank, residual = MODELS[name].hidden_size // 16, 2.0
-    else:
-        rank, residual = _RANK_AND_STEPS[name][0], None
-    return OptimizerConfig(
+    """GaLore's rank, or what serves Natural GaLore and takes no more memory."""
+    config = OptimizerConfig(
         optimizer=optimizer,
-        rank=rank,
+        rank=_RANK_AND_STEPS[name][0],
         update_proj_gap=update_proj_gap,
-        residual=residual,
+    )
+    if optimizer != "natural_galore":
+        return config
+    return dataclasses.replace(
+        config, rank=MODELS[name].hidden_size // 16, history=8, residual="orthogonal"
     )
 
 

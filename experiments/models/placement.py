@@ -74,10 +74,13 @@ def multiply(
       name: Name of the module.
       dtype: Format to accumulate in and return, None for that of ``x``.
     """
+    mesh = jax.sharding.get_abstract_mesh()
     shape = (*x.shape[:-1], w.shape[-1])
+    if mesh.size <= 1:
+        y = jnp.matmul(x.reshape(-1, x.shape[-1]), w, preferred_element_type=dtype)
+        return y.reshape(shape)
     column = RULES.cut(name, w.shape, _axis_sizes()) == 1
     spec = P(*_spec(shape)[:-1], TENSOR) if column else _positions(shape)
-    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not mesh.are_all_axes_explicit:
         return _place(jnp.matmul(x, w, preferred_element_type=dtype), spec)
     return jnp.matmul(x, w, preferred_element_type=dtype, out_sharding=spec)

@@ -263,16 +263,10 @@ def _shared(config: OptimizerConfig) -> dict[str, Any]:
 
 def _subspace(config: OptimizerConfig) -> dict[str, Any]:
     """Where the subspace comes from, how it is kept, and what is outside it."""
-    rules = {
-        "compensation": ng.compensation,
-        "fira": ng.fira,
-        "orthogonal": ng.orthogonal,
-    }
+    rule = config.residual and _RESIDUALS[config.residual]
     return dict(
         projector=_PROJECTORS[config.projector](),
-        residual=None
-        if config.residual is None
-        else rules[config.residual_rule](config.residual),
+        residual=rule and rule(config.residual_weight),
         basis_dtype=_stored(config.basis_dtype),
     )
 
@@ -284,6 +278,11 @@ _PROJECTORS = {
     "gaussian": ng.gaussian,
     "switching": variants.switching,
     "averaged": variants.averaged,
+}
+_RESIDUALS = {
+    "compensation": ng.compensation,
+    "fira": ng.fira,
+    "orthogonal": ng.orthogonal,
 }
 
 

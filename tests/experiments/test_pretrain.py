@@ -221,13 +221,6 @@ def test_sizes_that_do_not_divide_are_refused():
         parse(["--batch-size", "6", "--microbatches", "4"])
 
 
-def test_a_rule_for_a_residual_that_is_dropped_is_refused(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        parse(["--optimizer", "galore", "--residual-rule", "fira"])
-    assert "--residual-rule fira is for the gradient" in capsys.readouterr().err
-    parse(["--optimizer", "natural_galore", "--residual-rule", "fira"])
-
-
 def test_a_run_whose_checkpoints_are_lost_is_not_begun_again_unasked(
     straight, texts, tmp_path, capsys
 ):

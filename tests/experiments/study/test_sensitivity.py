@@ -46,11 +46,13 @@ def test_each_value_runs_once_at_the_rate_that_is_held(command, runs, tmp_path):
 
     # More values are added; the page is made again from study.json alone.
     del runs.started[:]
-    more = ["--vary", "residual=None,2", "--learning-rate", "0.008"]
+    more = ["--vary", "residual=None,fira", "--learning-rate", "0.008"]
     assert command(*more) == 0
-    assert set(runs.started) == {f"residual=None-{at}0", f"residual=None-{at}1"}
+    assert set(runs.started) == {
+        f"residual={value}-{at}{seed}" for value in ("None", "fira") for seed in (0, 1)
+    }
     page = (tmp_path / "here" / "sensitivity.md").read_text()
-    assert page.index("| residual | None |") < page.index("| residual | **2** |")
+    assert page.index("| residual | None |") < page.index("| residual | fira |")
     picture.unlink()
     assert report.main([str(tmp_path / "here")]) == 0
     assert picture.exists()

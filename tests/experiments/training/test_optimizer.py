@@ -150,7 +150,7 @@ def test_the_residual_and_its_rule_reach(name):
     dropped = up_kernel(third_updates(config_of(name)))
     assert np.linalg.matrix_rank(dropped, tol=1e-7).tolist() == [3, 3]
     full = [
-        up_kernel(third_updates(config_of(name, residual=2.0, residual_rule=rule)))
+        up_kernel(third_updates(config_of(name, residual=rule, residual_weight=2.0)))
         for rule in ("compensation", "fira", "orthogonal")
     ]
     assert all(min(np.linalg.matrix_rank(u, tol=1e-7)) > 3 for u in full)

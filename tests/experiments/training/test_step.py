@@ -108,7 +108,7 @@ def test_a_batch_without_weight_changes_nothing():
 
 def test_step_compiles_once_and_gives_up_the_old_state():
     optimizer = build_optimizer(
-        OptimizerConfig(rank=4, update_proj_gap=2, history=3, residual=2.0),
+        OptimizerConfig(rank=4, update_proj_gap=2, history=3, residual="compensation"),
         learning_rate=1e-3,
         steps=10,
     )
@@ -143,7 +143,7 @@ def test_evaluation_weighs_tokens_not_batches():
 )
 def test_a_mesh_trains_as_one_device_does(name, fisher):
     config = OptimizerConfig(
-        name, rank=4, update_proj_gap=2, history=3, residual=2.0, fisher=fisher
+        name, rank=4, update_proj_gap=2, history=3, residual="compensation", fisher=fisher
     )
 
     def train(mesh):
@@ -190,7 +190,7 @@ def test_a_mesh_trains_as_one_device_does(name, fisher):
 
 def toy_run(explicit: bool | None):
     """An optimizer, and a mesh with the context that enters it, or none."""
-    config = OptimizerConfig(rank=4, update_proj_gap=2, history=3, residual=2.0)
+    config = OptimizerConfig(rank=4, update_proj_gap=2, history=3, residual="compensation")
     mesh = None if explicit is None else make_mesh(data=2, fsdp=4, explicit=explicit)
     optimizer = build_optimizer(config, learning_rate=1e-2, steps=10)
     context = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
