@@ -17,7 +17,7 @@ from ngalore_jax.matrices import (
 )
 from ngalore_jax.moments import scale_by_subspace_adam
 from ngalore_jax.natural import scale_by_natural_gradient
-from ngalore_jax.orthogonalized import Orthogonal
+from ngalore_jax.orthogonalized import Orthogonal, orthogonal
 from ngalore_jax.projection import finite_or_zero
 from ngalore_jax.projectors import Projector, svd
 from ngalore_jax.residual import Residual
@@ -51,7 +51,7 @@ def natural_galore(
     rank: int | None = None,
     update_proj_gap: int = 200,
     scale: jax.typing.ArrayLike = 0.25,
-    history: int = 20,
+    history: int = 8,
     damping: jax.typing.ArrayLike = 1e-3,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -59,7 +59,7 @@ def natural_galore(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     projector: Projector | None = None,
-    residual: Residual | Orthogonal | float | None = 2.0,
+    residual: Residual | Orthogonal | float | None = orthogonal(),
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
     *,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -82,13 +82,13 @@ def natural_galore(
     .. math::
       R &= P^\top G, \quad S = (\lambda I + H H^\top)^{-1} R, \quad
         N = \mathrm{Adam}(S) \\
-      W &\leftarrow W - \eta \left(\alpha\,(P N + (G - P R)\,\mathrm{diag}(d))
-        + \omega W\right)
+      W &\leftarrow W - \eta \left(\alpha\,(P N + E) + \omega W\right)
 
     All other leaves take Adam. Departures from the paper, each an argument and
-    undone by ``**PAPER``: moments and history follow the basis at a refresh, the basis
-    comes from subspace iteration, the gradient outside the subspace is put back (the
-    :math:`d` term), and the history is kept in 8 bits.
+    undone by ``**PAPER``: :math:`E`, the momentum of the gradient outside the subspace,
+    orthogonalised (:func:`ngalore_jax.orthogonal`); moments and history follow the
+    basis at a refresh; the basis comes from subspace iteration; the history is short
+    and kept in 8 bits.
 
     Args:
       learning_rate: :math:`\eta`, a number or an optax schedule.
@@ -105,8 +105,8 @@ def natural_galore(
       mask: Tree of bools, or a function of the parameters that returns one: which
         leaves decay. None for all.
       projector: See :func:`ngalore_jax.low_rank`.
-      residual: Weight of the gradient outside the subspace, a rule (see
-        :func:`ngalore_jax.low_rank`), or None to drop it.
+      residual: The rule :math:`E` of the gradient outside the subspace, or None to
+        drop it; see :func:`ngalore_jax.low_rank`.
       weight_dimension_numbers: Which leaves are projected, and along which axes. By
         default all matrices but embeddings, output layers and norms.
       adam_learning_rate: Learning rate of the leaves that are not projected, None for
@@ -132,9 +132,9 @@ def natural_galore(
       ValueError: If an argument is outside its range, or a rank exceeds a side.
 
     Memory:
-      ``4 m r + (8 + s) r n + 2 s n + 4 (s^2 + n + 1)`` bytes a projected matrix, side
-      ``m`` projected, in float32 but for the history, and twice the size of any other
-      leaf.
+      ``4 m r + (8 + s) r n + 2 s n + 4 s^2 + (m + 2) n`` bytes a projected matrix, side
+      ``m`` projected, in float32 but for the history and, the last term, the momentum
+      outside; and twice the size of any other leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, ngalore_jax as ng

@@ -55,9 +55,9 @@ def state_report(state: optax.OptState) -> dict[str, int]:
       >>> for part, size in ng.state_report(jax.eval_shape(tx.init, params)).items():
       ...     print(part, size)
       basis 65540
-      history 1394244
+      history 557316
       moments 524292
-      residual 8196
+      residual 1052672
       unprojected 4
     """
     parts = ("basis", "history", "moments", "residual", "unprojected")

@@ -31,7 +31,7 @@ CONFIG = LlamaConfig(
 MULTI_HEAD = dataclasses.replace(CONFIG, num_kv_heads=None)
 OPTIMIZERS = {
     "natural_galore": lambda: ng.natural_galore(
-        0.01, RANK, update_proj_gap=2, history=HISTORY
+        0.01, RANK, update_proj_gap=2, history=HISTORY, residual=1.0
     ),
     "galore": lambda: ng.galore(0.01, RANK, update_proj_gap=2),
     "adamw": lambda: optax.adamw(0.01),

@@ -126,12 +126,10 @@ def test_scan_equals_a_loop(name):
 # paper's settings, which lose their moments at each refresh, need larger ones.
 STEP_SIZE = dict.fromkeys(NAMES, -LEARNING_RATE) | {
     "galore": 1.0,
-    "natural_galore": 1.0,
+    "natural_galore(compensation)": 1.0,
     "natural_galore(int8)": 1.0,
     "natural_galore(orthogonal)": 1.0,
     "natural_galore(PAPER)": 8.0,
-    "reference": 1.0,
-    "reference(online)": 1.0,
 }
 
 
@@ -180,7 +178,8 @@ def test_float64_under_x64(name):
         update = jax.eval_shape(tx.update, weights, tx.init(weights), weights)
         dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(update)}
     small = {
-        "natural_galore": {"int8", "bfloat16"},  # its history, and the scales of that
+        # Its history, and the scales of that.
+        "natural_galore(compensation)": {"int8", "bfloat16"},
         "natural_galore(orthogonal)": {"int8", "bfloat16"},
         "natural_galore(int8)": {"int8", "uint8", "bfloat16"},
     }
@@ -190,7 +189,7 @@ def test_float64_under_x64(name):
 def test_float64_is_computed_in_float64():
     with jax.enable_x64(True):
         weights = jax.tree.map(lambda x: x.astype(jnp.float64), params())
-        tx = make("natural_galore")
+        tx = make("natural_galore(compensation)")
         update, state = jax.jit(tx.update), tx.init(weights)
         for gradient in gradients(weights):
             _, state = update(gradient, state, weights)

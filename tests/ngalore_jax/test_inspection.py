@@ -67,7 +67,7 @@ def test_each_part_is_what_the_formulas_say():
         "basis": 4 * LAYERS * M * R + COUNT,
         "history": LAYERS * (S * (R + 2) * N + 4 * S * S) + COUNT,
         "moments": 4 * LAYERS * 2 * R * N + COUNT,
-        "residual": 4 * LAYERS * (N + 1),
+        "residual": LAYERS * (M + 2) * N,  # momentum in int8, a scale a column
         "unprojected": 4 * 2 * unprojected + COUNT,
     }
 

@@ -107,7 +107,7 @@ def natural_galore(**changes):
         weight_decay=0.1,
         weight_dimension_numbers=dimension_numbers,
         # Sums in another order would tip a number over to the next of 8 bits' levels.
-        **{"history_dtype": None} | changes,
+        **{"history_dtype": None, "residual": 2.0} | changes,
     )
 
 

@@ -28,9 +28,9 @@ def tensors():
 
 
 def natural_galore(**changes):
-    return ng.natural_galore(
-        0.1, rank=RANK, update_proj_gap=GAP, history=HISTORY, **changes
-    )
+    """With a residual that needs no product of matrices, unless others are asked."""
+    settings = dict(update_proj_gap=GAP, history=HISTORY, residual=1.0)
+    return ng.natural_galore(0.1, RANK, **{**settings, **changes})
 
 
 def galore(**changes):
@@ -163,7 +163,9 @@ def test_compiled_steady_program_calls_no_factorisation(make):
 @pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize("refresh", [None, False])
 def test_a_step_holds_no_second_history(dtype, refresh):
-    tx = ng.natural_galore(0.1, rank=64, history=64, history_dtype=dtype)
+    tx = ng.natural_galore(
+        0.1, rank=64, history=64, history_dtype=dtype, residual=1.0
+    )
     params = {"w": jnp.zeros((128, 512)), "layers": jnp.zeros((3, 512, 128))}
     state = tx.init(params)
     update = jax.jit(

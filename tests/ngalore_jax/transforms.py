@@ -42,9 +42,15 @@ TRANSFORMS: dict[str, tuple[Factory, dict[str, Any]]] = {
         ng.galore,
         dict(learning_rate=LEARNING_RATE, rank=2, update_proj_gap=GAP),
     ),
-    "natural_galore": (
+    "natural_galore(compensation)": (
         ng.natural_galore,
-        dict(learning_rate=LEARNING_RATE, rank=2, update_proj_gap=GAP, history=3),
+        dict(
+            learning_rate=LEARNING_RATE,
+            rank=2,
+            update_proj_gap=GAP,
+            history=3,
+            residual=2.0,
+        ),
     ),
     "natural_galore(int8)": (
         ng.natural_galore,
@@ -74,27 +80,6 @@ TRANSFORMS: dict[str, tuple[Factory, dict[str, Any]]] = {
             **ng.PAPER,
             **dict(learning_rate=LEARNING_RATE, rank=2, update_proj_gap=GAP, history=3),
         },
-    ),
-    "reference": (
-        ng.reference,
-        dict(
-            learning_rate=LEARNING_RATE,
-            rank=2,
-            update_proj_gap=GAP,
-            history=3,
-            scale=4.0,  # both sides projected and moments mixed up: slow otherwise
-        ),
-    ),
-    "reference(online)": (
-        ng.reference,
-        dict(
-            learning_rate=LEARNING_RATE,
-            rank=2,
-            mode="online_natural_galore",
-            history=3,
-            scale=1.0,
-            factor_learning_rate=LEARNING_RATE,
-        ),
     ),
 }
 NAMES = tuple(TRANSFORMS)
