@@ -19,7 +19,7 @@ from experiments.models.llama import PRESETS as MODELS
 # and 7B (its table 3); the ranks between are about a quarter of the hidden size.
 _RANK_AND_STEPS: dict[str, tuple[int, int]] = {
     "demo": (32, 400),
-    "small": (64, 300),
+    "small": (64, 400),
     "llama_9m": (32, 10_000),
     "llama_20m": (64, 10_000),
     "llama_35m": (96, 10_000),
@@ -38,20 +38,15 @@ _RANK_AND_STEPS: dict[str, tuple[int, int]] = {
 
 def demo(optimizer: OptimizerName = "natural_galore") -> PretrainConfig:
     """``python -m experiments.pretrain``: minutes on two CPU cores, no download."""
-    return _for_two_cores("demo", optimizer, batch_size=16, eval_every=50)
+    return _for_two_cores("demo", optimizer)
 
 
 def small(optimizer: OptimizerName = "natural_galore") -> PretrainConfig:
-    """A second scale for studies: 5.5 M parameters in the matrices, the demo has 0.8 M.
-
-    Steps of twice as many tokens.
-    """
-    return _for_two_cores("small", optimizer, batch_size=32, eval_every=50)
+    """A second scale: 5.5 M parameters in the matrices, the demo has 0.8 M."""
+    return _for_two_cores("small", optimizer)
 
 
-def _for_two_cores(
-    name: PresetName, optimizer: OptimizerName, *, batch_size: int, eval_every: int
-) -> PretrainConfig:
+def _for_two_cores(name: PresetName, optimizer: OptimizerName) -> PretrainConfig:
     return PretrainConfig(
         preset=name,
         model=MODELS[name],
@@ -62,9 +57,9 @@ def _for_two_cores(
         ),
         run=RunConfig(
             steps=_RANK_AND_STEPS[name][1],
-            batch_size=batch_size,
-            eval_every=eval_every,
-            checkpoint_every=2 * eval_every,
+            batch_size=16,
+            eval_every=50,
+            checkpoint_every=100,
         ),
     )
 

@@ -7,8 +7,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-# A share of the accelerator, where there is one, instead of nearly all of its memory.
-_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+_ENVIRONMENT = {
+    # A share of the accelerator, where there is one, instead of nearly all its memory.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    # LAPACK's threads spin where there is no core for them: an SVD of 30 ms took 40 s.
+    "OPENBLAS_NUM_THREADS": "1",
+}
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 

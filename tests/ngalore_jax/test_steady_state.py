@@ -163,9 +163,7 @@ def test_compiled_steady_program_calls_no_factorisation(make):
 @pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize("refresh", [None, False])
 def test_a_step_holds_no_second_history(dtype, refresh):
-    tx = ng.natural_galore(
-        0.1, rank=64, history=64, history_dtype=dtype, residual=1.0
-    )
+    tx = ng.natural_galore(0.1, rank=64, history=64, history_dtype=dtype, residual=1.0)
     params = {"w": jnp.zeros((128, 512)), "layers": jnp.zeros((3, 512, 128))}
     state = tx.init(params)
     update = jax.jit(

@@ -143,7 +143,12 @@ def test_evaluation_weighs_tokens_not_batches():
 )
 def test_a_mesh_trains_as_one_device_does(name, fisher):
     config = OptimizerConfig(
-        name, rank=4, update_proj_gap=2, history=3, residual="compensation", fisher=fisher
+        name,
+        rank=4,
+        update_proj_gap=2,
+        history=3,
+        residual="compensation",
+        fisher=fisher,
     )
 
     def train(mesh):
@@ -190,7 +195,9 @@ def test_a_mesh_trains_as_one_device_does(name, fisher):
 
 def toy_run(explicit: bool | None):
     """An optimizer, and a mesh with the context that enters it, or none."""
-    config = OptimizerConfig(rank=4, update_proj_gap=2, history=3, residual="compensation")
+    config = OptimizerConfig(
+        rank=4, update_proj_gap=2, history=3, residual="compensation"
+    )
     mesh = None if explicit is None else make_mesh(data=2, fsdp=4, explicit=explicit)
     optimizer = build_optimizer(config, learning_rate=1e-2, steps=10)
     context = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
