@@ -45,6 +45,8 @@ warmup). The method as the paper writes it, one side projected; the published co
 projects both. The float32 safeguards of :func:`scale_by_natural_gradient` stay.
 """
 
+_ORTHOGONAL = orthogonal()
+
 
 def natural_galore(
     learning_rate: optax.ScalarOrSchedule,
@@ -59,7 +61,7 @@ def natural_galore(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     projector: Projector | None = None,
-    residual: Residual | Orthogonal | float | None = orthogonal(),
+    residual: Residual | Orthogonal | float | None = _ORTHOGONAL,
     weight_dimension_numbers: WeightDimensionNumbers | None = None,
     *,
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
