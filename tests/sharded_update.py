@@ -75,7 +75,7 @@ def main() -> None:
     """Print the table: the steady update, the refresh unspread, and as it is."""
     jax.config.update("jax_num_cpu_devices", 8)
     params = matrices(PRESETS["llama_60m"])
-    tx = ng.natural_galore(1e-3, rank=RANK)
+    tx = ng.natural_galore(1e-3, rank=RANK, residual=1.0)
     print(
         "| data x fsdp x tensor | update | " + " | ".join(KINDS) + " | GFLOP | bases |"
     )
