@@ -58,9 +58,9 @@ DEFAULT_LEARNING_RATE: dict[OptimizerName, float] = {
     "muon": 6e-3,
     "optax_galore": 8e-3,
     "reference": 1e-2,
-    "lora": 4e-3,
-    "relora": 4e-3,
-    "low_rank": 4e-3,
+    "lora": 2e-3,
+    "relora": 2e-3,
+    "low_rank": 1e-3,
 }
 
 
