@@ -23,9 +23,9 @@ from experiments.study.tuning import Budget
 
 PROGRAM = "python -m experiments.study.sensitivity"
 _USUAL = (
-    "rank=2,4,8,16,32",
-    "update_proj_gap=10,25,50,100,400",
-    "history=1,5,20,40",
+    "rank=1,4,8,16,32",
+    "update_proj_gap=1,3,10,50,200",
+    "history=1,4,8,20",
     "damping=1e-5,1e-3,1e-1",
     "scale=0.0625,0.125,0.25,0.5,1",
 )
@@ -38,7 +38,7 @@ class SensitivityConfig:
     The learning rate is held, also for settings that act like a step size. Arguments
     that are not among those below go to every run and are the defaults varied around:
 
-    python -m experiments.study.sensitivity --learning-rate 4e-3 --vary rank=2,4,8,16,32
+    python -m experiments.study.sensitivity --learning-rate 4e-3 --vary rank=1,4,8,16,32
     --vary history=1,5,20,40 --steps 800 --data 'texts/*.txt' --study-dir runs/mine
 
     As with experiments.study, Ctrl-C saves, the same command goes on, more values and

@@ -145,7 +145,7 @@ def test_a_mistake_does_not_cost_the_run_that_would_be_overwritten(
 def test_resuming_with_other_settings_is_refused(straight, texts, capsys):
     code = main(arguments(texts, straight, "--resume", "--adam-learning-rate", "0.1"))
     assert code == 1
-    assert "optimization.adam_learning_rate: 0.003 there" in capsys.readouterr().err
+    assert "optimization.adam_learning_rate: 0.008 there" in capsys.readouterr().err
 
 
 def test_resuming_with_other_text_is_refused(straight, texts, tmp_path, capsys):

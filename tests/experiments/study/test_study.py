@@ -60,7 +60,7 @@ def test_every_arm_is_tuned_alike_and_compared_over_seeds(
     assert "| **3.3050** | 3.3000 to 3.3100 |" in table
     assert "| low | 0.016 | 4, inside | 3.6050 |" in table
     assert "Kendall's tau 1.00" in table
-    assert "output layer are on Adam (learning rate 0.003) in every row" in table
+    assert "output layer are on Adam (learning rate 0.008) in every row" in table
     assert "python -m experiments.study --study-dir" in table
     assert "| adamw | 0.0005 |" in capsys.readouterr().out
 
