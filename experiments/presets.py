@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
 
@@ -51,9 +52,8 @@ def _for_two_cores(name: PresetName, optimizer: OptimizerName) -> PretrainConfig
         preset=name,
         model=MODELS[name],
         text=TextConfig(sequence_length=128, validation_tokens=32_768),
-        optimization=dataclasses.replace(
-            _optimization(name, optimizer, update_proj_gap=10),
-            adam_learning_rate=8e-3,
+        optimization=_optimization(
+            name, optimizer, update_proj_gap=10, adam_learning_rate=8e-3
         ),
         run=RunConfig(
             steps=_RANK_AND_STEPS[name][1],
@@ -82,13 +82,11 @@ def llama(
 
 
 def _optimization(
-    name: PresetName, optimizer: OptimizerName, update_proj_gap: int
+    name: PresetName, optimizer: OptimizerName, **settings: Any
 ) -> OptimizerConfig:
     """GaLore's rank, or what serves Natural GaLore and takes no more memory."""
     config = OptimizerConfig(
-        optimizer=optimizer,
-        rank=_RANK_AND_STEPS[name][0],
-        update_proj_gap=update_proj_gap,
+        optimizer=optimizer, rank=_RANK_AND_STEPS[name][0], **settings
     )
     if optimizer != "natural_galore":
         return config

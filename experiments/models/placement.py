@@ -78,12 +78,12 @@ def multiply(
     shape = (*x.shape[:-1], w.shape[-1])
     if mesh.size <= 1:
         # As two-dimensional operands: for the gradient of w XLA's CPU compiler copies
-        # others into another layout, a tenth to a fifth of a step.
+        # others into another layout first.
         y = jnp.matmul(x.reshape(-1, x.shape[-1]), w, preferred_element_type=dtype)
         return y.reshape(shape)
     column = RULES.cut(name, w.shape, _axis_sizes()) == 1
     spec = P(*_spec(shape)[:-1], TENSOR) if column else _positions(shape)
-    if mesh.empty or not mesh.are_all_axes_explicit:
+    if not mesh.are_all_axes_explicit:
         return _place(jnp.matmul(x, w, preferred_element_type=dtype), spec)
     return jnp.matmul(x, w, preferred_element_type=dtype, out_sharding=spec)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 _ENVIRONMENT = {
     # A share of the accelerator, where there is one, instead of nearly all its memory.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    # LAPACK's threads spin where there is no core for them: an SVD of 30 ms took 40 s.
+    # LAPACK's threads spin where there is no core for them: SVDs of a second took 40.
     "OPENBLAS_NUM_THREADS": "1",
 }
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"

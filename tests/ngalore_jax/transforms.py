@@ -81,6 +81,27 @@ TRANSFORMS: dict[str, tuple[Factory, dict[str, Any]]] = {
             **dict(learning_rate=LEARNING_RATE, rank=2, update_proj_gap=GAP, history=3),
         },
     ),
+    "reference": (
+        ng.reference,
+        dict(
+            learning_rate=LEARNING_RATE,
+            rank=2,
+            update_proj_gap=GAP,
+            history=3,
+            scale=4.0,  # both sides projected and moments mixed up: slow otherwise
+        ),
+    ),
+    "reference(online)": (
+        ng.reference,
+        dict(
+            learning_rate=LEARNING_RATE,
+            rank=2,
+            mode="online_natural_galore",
+            history=3,
+            scale=1.0,
+            factor_learning_rate=LEARNING_RATE,
+        ),
+    ),
 }
 NAMES = tuple(TRANSFORMS)
 ALIASES = tuple(n for n, (_, kwargs) in TRANSFORMS.items() if "learning_rate" in kwargs)
