@@ -51,11 +51,11 @@ _ROWS_AT_ONCE = 32
 
 # Peak learning rate of the matrices where none is given.
 DEFAULT_LEARNING_RATE: dict[OptimizerName, float] = {
-    "adamw": 5e-4,
+    "adamw": 1e-3,
     "galore": 8e-3,
     "natural_galore": 4e-3,
     "natural_galore_paper": 1e-2,
-    "muon": 6e-3,
+    "muon": 3e-3,
     "optax_galore": 8e-3,
     "reference": 1e-2,
     "lora": 2e-3,
@@ -197,8 +197,10 @@ class OptimizerConfig:
         final_fraction: Learning rates at the end, as a share of their peaks.
         weight_decay: Decoupled decay of the matrices, times the learning rate a step.
         clip_norm: Largest norm of the whole gradient. None: it is left as it is.
-        b1: Decay of the first moment, 0 to 1. Muon's momentum stays at 0.95.
+        b1: Decay of the first moment, 0 to 1.
         b2: Decay of the second moment, 0 to 1.
+        momentum: Decay of the momentum that is orthogonalised, 0 to 1 (muon; galore and
+            natural_galore with `--residual orthogonal`).
         rank: Directions of the subspace of each matrix (whatever has galore in its
             name, and reference); columns of the first factor (lora, relora, low_rank).
         update_proj_gap: Steps between two choices of the subspace (whatever has galore
@@ -250,6 +252,7 @@ class OptimizerConfig:
     clip_norm: float | None = None
     b1: float = 0.9
     b2: float = 0.999
+    momentum: float = 0.9
     rank: int = 128
     update_proj_gap: int = 200
     scale: float = 0.25
@@ -344,6 +347,9 @@ class PretrainConfig:
         for name in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(rest, name) <= 1:
                 raise ValueError(f"{name}={getattr(rest, name)} must be from 0 to 1.")
+        for name in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(rest, name) < 1:
+                raise ValueError(f"{name}={getattr(rest, name)} must be in [0, 1).")
         tensor, model = self.mesh.tensor, self.model
         if model.num_heads % tensor or model.kv_heads % tensor:
             raise ValueError(

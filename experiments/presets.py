@@ -91,7 +91,11 @@ def _optimization(
     if optimizer != "natural_galore":
         return config
     return dataclasses.replace(
-        config, rank=MODELS[name].hidden_size // 16, history=8, residual="orthogonal"
+        config,
+        rank=MODELS[name].hidden_size // 16,
+        update_proj_gap=3,
+        history=8,
+        residual="orthogonal",
     )
 
 

@@ -51,7 +51,7 @@ _ORTHOGONAL = orthogonal()
 def natural_galore(
     learning_rate: optax.ScalarOrSchedule,
     rank: int | None = None,
-    update_proj_gap: int = 200,
+    update_proj_gap: int = 3,
     scale: jax.typing.ArrayLike = 0.25,
     history: int = 8,
     damping: jax.typing.ArrayLike = 1e-3,
@@ -96,7 +96,7 @@ def natural_galore(
       learning_rate: :math:`\eta`, a number or an optax schedule.
       rank: Directions kept of the projected side of each matrix. None: a sixteenth of
         its smaller side; GaLore's published ranks are about a quarter.
-      update_proj_gap: Steps between refreshes of the basis.
+      update_proj_gap: Steps between refreshes of the basis; GaLore's is 200.
       scale: :math:`\alpha`, a factor on the update of projected leaves.
       history: Gradients in the Fisher, the current one included.
       damping: :math:`\lambda > 0`, in units of squared gradient norms.

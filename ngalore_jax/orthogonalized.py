@@ -36,7 +36,7 @@ class Orthogonal(NamedTuple):
 
 def orthogonal(
     weight: jax.typing.ArrayLike = 1.0,
-    decay: jax.typing.ArrayLike = 0.95,
+    decay: jax.typing.ArrayLike = 0.9,
     *,
     iterations: int = 5,
     momentum_dtype: jax.typing.DTypeLike | None = "int8",
@@ -56,7 +56,7 @@ def orthogonal(
 
     Args:
       weight: :math:`c`, at least 0.
-      decay: :math:`\beta`, in [0, 1).
+      decay: :math:`\beta`, in [0, 1). Muon's own is 0.95.
       iterations: Newton-Schulz iterations, at least 1.
       momentum_dtype: Storage dtype of :math:`M`: ``"int8"`` with a scale a column and
         rounded up or down at random (:mod:`ngalore_jax.storage`), a float dtype, or

@@ -52,7 +52,8 @@ class SensitivityConfig:
         method: Whose settings they are.
         learning_rate: Of the matrices. None: the method's own.
         seeds: The median is over all of them.
-        workers: Runs at a time, one CPU core each; they share an accelerator's memory.
+        workers: Runs at a time, one CPU core each. On one accelerator, whose memory
+            they share, three or four: more slow each other down.
         study_dir: Folder of the results. None: runs/sensitivity-PRESET-METHOD.
     """
 
@@ -95,8 +96,7 @@ def parse_args(args: Sequence[str]) -> tuple[SensitivityConfig, list[Arm]]:
     for spec in config.vary or _USUAL:
         setting, values = _parse(spec)
         for value in values:
-            flag = f"--{setting.replace('_', '-')}"
-            arm = make_arm(f"{setting}={value}", [*common, flag, value])
+            arm = make_arm(f"{setting}={value}", [*common, *_flag(setting, value)])
             # One name for 1e-3 and 0.001, and none for the default.
             arm = dataclasses.replace(arm, name=f"{setting}={_value(arm, setting)}")
             if arm.config != base.config:
@@ -136,6 +136,11 @@ def _parse(spec: str) -> tuple[str, list[str]]:
             f"{', '.join(known)}."
         )
     return setting, values.split(",")
+
+
+def _flag(setting: str, value: str) -> list[str]:
+    name = f"--{setting.replace('_', '-')}"
+    return {"True": [name], "False": []}.get(value, [name, value])
 
 
 def _value(arm: Arm, setting: str) -> Any:

@@ -263,10 +263,16 @@ def _shared(config: OptimizerConfig) -> dict[str, Any]:
 
 def _subspace(config: OptimizerConfig) -> dict[str, Any]:
     """Where the subspace comes from, how it is kept, and what is outside it."""
-    rule = config.residual and _RESIDUALS[config.residual]
+    match config.residual:
+        case "orthogonal":
+            residual = ng.orthogonal(config.residual_weight, config.momentum)
+        case None:
+            residual = None
+        case rule:
+            residual = _COLUMN_RULES[rule](config.residual_weight)
     return dict(
         projector=_PROJECTORS[config.projector](),
-        residual=rule and rule(config.residual_weight),
+        residual=residual,
         basis_dtype=_stored(config.basis_dtype),
     )
 
@@ -279,11 +285,7 @@ _PROJECTORS = {
     "switching": variants.switching,
     "averaged": variants.averaged,
 }
-_RESIDUALS = {
-    "compensation": ng.compensation,
-    "fira": ng.fira,
-    "orthogonal": ng.orthogonal,
-}
+_COLUMN_RULES = {"compensation": ng.compensation, "fira": ng.fira}
 
 
 def _muon(
@@ -291,6 +293,7 @@ def _muon(
 ) -> optax.GradientTransformation:
     return optax.contrib.muon(
         learning_rate,
+        beta=config.momentum,
         weight_decay=config.weight_decay,
         # Updates as large as Adam's whatever the shape: arXiv 2502.16982.
         consistent_rms=0.2,

@@ -18,6 +18,7 @@ def test_two_scales_for_two_cores_differ_in_size_alone(name, millions):
     assert galore.optimization.rank == hidden // 4
     assert natural.optimization.rank == hidden // 16
     assert galore.optimization.update_proj_gap == 10
+    assert natural.optimization.update_proj_gap == 3
     assert galore.run.batch_size * galore.text.sequence_length == 2048
     assert galore.run == natural.run
     assert galore.run.steps == 400 == 8 * galore.run.eval_every

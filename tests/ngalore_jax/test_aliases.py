@@ -132,7 +132,7 @@ def test_signatures_hold_the_contract():
     defaults = {name: p.default for name, p in natural.items()}
     contract = dict(
         rank=None,
-        update_proj_gap=200,
+        update_proj_gap=3,
         scale=0.25,
         history=8,
         damping=1e-3,

@@ -40,7 +40,7 @@ class FakeRuns:
     """
 
     def __init__(self) -> None:
-        self.best = {"adamw": 5e-4, "galore": 8e-3, "natural_galore": 4e-3}
+        self.best = {"adamw": 1e-3, "galore": 8e-3, "natural_galore": 4e-3}
         self.diverges_above = math.inf
         self.breaks = None
         self.last_loss = {}

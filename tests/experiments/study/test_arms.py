@@ -33,7 +33,7 @@ def test_settings_say_all_that_decides_what_comes_of_a_run():
     fingerprints = {"text": "a", "tokenizer": "b"}
     settings = arm.settings(arm.run(1, 0), fingerprints)
     assert settings["fingerprints"] == fingerprints
-    assert settings["optimization"]["learning_rate"] == 5e-4
+    assert settings["optimization"]["learning_rate"] == 1e-3
     assert settings["text"]["sequence_length"] == 128
     assert settings["steps"] == 8
     others = [

@@ -32,8 +32,8 @@ def test_a_real_run_is_recorded_and_its_checkpoints_deleted(tmp_path, monkeypatc
     # A model that knows nothing yet: the logarithm of 280 tokens.
     assert calm.final_loss == pytest.approx(5.6, abs=0.2)
     assert wild.final_loss == float("inf") and "not finite" in wild.diverged
-    assert (folder / "runs" / "calm-lr0.0005-seed0" / "report.md").exists()
-    assert not (folder / "runs" / "calm-lr0.0005-seed0" / "checkpoints").exists()
+    assert (folder / "runs" / "calm-lr0.001-seed0" / "report.md").exists()
+    assert not (folder / "runs" / "calm-lr0.001-seed0" / "checkpoints").exists()
 
 
 def test_state_and_parameters_of_the_matrices_are_told_apart():

@@ -61,10 +61,10 @@ def test_a_line_a_run_in_an_order_of_its_own(tmp_path):
     lines = kept.path.read_text().splitlines()
     found = [json.loads(line.rstrip(",")) for line in lines if '"arm"' in line]
     assert [(line["learning_rate"], line["seed"]) for line in found] == [
-        (0.0005, 0),
-        (0.0005, 1),
         (0.001, 0),
         (0.001, 1),
+        (0.002, 0),
+        (0.002, 1),
     ]
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -82,7 +82,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
         kept.check([ARM], FINGERPRINTS | {"text": "x"})
     (longer,) = parse_arms(["adamw"], ["--steps", "5"])
     with pytest.raises(
-        ValueError, match=r"adamw-lr0.0005-seed0 .*steps: 4 there, 5 now"
+        ValueError, match=r"adamw-lr0.001-seed0 .*steps: 4 there, 5 now"
     ):
         kept.check([longer], FINGERPRINTS)
     (other,) = parse_arms(["other=--optimizer adamw"], ["--steps", "5"])
@@ -132,4 +132,4 @@ def test_a_file_must_know_the_seeds_of_its_runs(tmp_path):
         Records.read(kept.path)
     with pytest.raises(FileNotFoundError, match="study-dir"):
         Records.read(tmp_path / "none.json")
-    assert Run("adamw", 0.0005, 5) in kept.runs
+    assert Run("adamw", 0.001, 5) in kept.runs

@@ -97,6 +97,12 @@ def test_settings_that_there_are_not_are_refused(vary, message):
         sensitivity.parse_args(["--vary", vary])
 
 
+def test_a_setting_that_is_off_can_be_put_on():
+    _, arms = sensitivity.parse_args(["--vary", "relative_damping=True,False"])
+    assert [arm.name for arm in arms] == ["natural_galore", "relative_damping=True"]
+    assert arms[1].config.optimization.relative_damping
+
+
 def test_without_a_setting_the_usual_ones_are_varied():
     _, arms = sensitivity.parse_args(["--preset", "demo", "--history", "3"])
     names = [arm.name for arm in arms]

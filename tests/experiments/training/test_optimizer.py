@@ -159,6 +159,17 @@ def test_the_residual_and_its_rule_reach(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "settings"), [("muon", {}), ("galore", dict(residual="orthogonal"))]
+)
+def test_the_momentum_reaches(name, settings):
+    one, other = (
+        up_kernel(third_updates(config_of(name, momentum=momentum, **settings)))
+        for momentum in (0.5, 0.9)
+    )
+    assert not np.allclose(one, other, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("galore", dict(projector="svd")),
