@@ -55,7 +55,7 @@ DEFAULT_LEARNING_RATE: dict[OptimizerName, float] = {
     "galore": 8e-3,
     "natural_galore": 4e-3,
     "natural_galore_paper": 1e-2,
-    "muon": 3e-3,
+    "muon": 6e-3,
     "optax_galore": 8e-3,
     "reference": 1e-2,
     "lora": 2e-3,
