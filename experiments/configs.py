@@ -197,10 +197,10 @@ class OptimizerConfig:
         final_fraction: Learning rates at the end, as a share of their peaks.
         weight_decay: Decoupled decay of the matrices, times the learning rate a step.
         clip_norm: Largest norm of the whole gradient. None: it is left as it is.
-        b1: Decay of the first moment, 0 to 1.
-        b2: Decay of the second moment, 0 to 1.
-        momentum: Decay of the momentum that is orthogonalised, 0 to 1 (muon; galore and
-            natural_galore with `--residual orthogonal`).
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        momentum: Decay of the momentum that is orthogonalised, in [0, 1) (muon; galore
+            and natural_galore with `--residual orthogonal`).
         rank: Directions of the subspace of each matrix (whatever has galore in its
             name, and reference); columns of the first factor (lora, relora, low_rank).
         update_proj_gap: Steps between two choices of the subspace (whatever has galore

@@ -41,8 +41,8 @@ class StudyConfig:
         factors: Learning rates tried, as factors on each arm's own.
         extensions: Factors tried beyond, at most, where the best is at the edge.
         seeds: The first one is tuned on; the median is over all of them.
-        workers: Runs at a time, one CPU core each. On one accelerator, whose memory
-            they share, three or four: more slow each other down.
+        workers: Runs at a time, one CPU core each. They share an accelerator, its
+            memory too: there a few are faster than many.
         study_dir: Folder of the study. None: runs/study-PRESET.
     """
 

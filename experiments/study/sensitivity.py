@@ -52,8 +52,8 @@ class SensitivityConfig:
         method: Whose settings they are.
         learning_rate: Of the matrices. None: the method's own.
         seeds: The median is over all of them.
-        workers: Runs at a time, one CPU core each. On one accelerator, whose memory
-            they share, three or four: more slow each other down.
+        workers: Runs at a time, one CPU core each. They share an accelerator, its
+            memory too: there a few are faster than many.
         study_dir: Folder of the results. None: runs/sensitivity-PRESET-METHOD.
     """
 

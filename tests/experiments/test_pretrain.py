@@ -166,6 +166,10 @@ def test_mistakes_are_explained_in_a_line(texts, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments(texts, tmp_path / "b", "--batch-size", "0"))
     assert "batch_size=0 must be at least 1" in capsys.readouterr().err
+    for name in ("b1", "b2", "momentum"):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments(texts, tmp_path / "b", f"--{name}", "1"))
+        assert f"{name}=1.0 must be in [0, 1)." in capsys.readouterr().err
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(
