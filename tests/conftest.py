@@ -1,6 +1,9 @@
 """Eight CPU devices, strict numerics, and the scratch every test module shares."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Tests compile far more than they compute.
 os.environ["XLA_FLAGS"] = (
@@ -8,6 +11,13 @@ os.environ["XLA_FLAGS"] = (
     " --xla_backend_optimization_level=0"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The same programs, too: xdist's workers and the processes that tests start share them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ngalore-jax-")
+    atexit.register(
+        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+    )
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -51,6 +52,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    # Times to compile are the compiler's, whatever an earlier run has left.
+    jax.config.update("jax_enable_compilation_cache", False)
     with console.status("Measuring the machine", spinner="line"):
         rates = measure_rates()
     results = Results(

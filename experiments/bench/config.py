@@ -24,7 +24,6 @@ PeerName = Literal[
     "muon",
     "galore",
     "natural_galore",
-    "natural_galore_same_rank",
     "eleuther_galore",
     "torch_galore",
 ]

@@ -58,7 +58,6 @@ _METHODS: dict[PeerName, OptimizerName] = {
     "muon": "muon",
     "galore": "galore",
     "natural_galore": "natural_galore",
-    "natural_galore_same_rank": "natural_galore",
 }
 TRAINABLE = tuple(_METHODS)
 """Those that a training run can choose."""
@@ -96,8 +95,8 @@ def peer_of(bench: Bench, name: PeerName, preset: PresetName) -> Peer:
         return _eleuther_galore(bench, preset)
     if name not in _METHODS:
         raise ValueError(f"{name} is no optimizer of JAX.")
-    natural = name == "natural_galore"
-    rank = natural_rank(bench, preset) if natural else galore_rank(bench, preset)
+    rank_of = natural_rank if name == "natural_galore" else galore_rank
+    rank = rank_of(bench, preset)
     return peer_of_run(name, bench.run(preset, _METHODS[name], rank))
 
 

@@ -14,7 +14,7 @@ from experiments.bench.targets import Verdict
 _TITLES = {
     "update": "Steady update of the hidden matrices",
     "refresh": "Update that chooses the subspaces anew",
-    "step": "Training step, a refresh spread over 200 steps",
+    "step": "Training step, a refresh spread over the steps to the next",
     "compile": "Compiling the update, its refresh included",
     "state": "Bytes of optimizer state",
     "memory": "Memory of a compiled training step",
@@ -39,6 +39,7 @@ _COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "step": (
         ("steady_ms", "steady, ms", ".1f"),
         ("refresh_ms", "refresh, ms", ".1f"),
+        ("gap", "every ... steps", ".0f"),
         ("amortised_ms", "spread, ms", ".1f"),
         ("steady_ratio", "steady / adamw", ".3f"),
         ("amortised_ratio", "spread / adamw", ".3f"),

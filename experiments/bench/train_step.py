@@ -1,4 +1,4 @@
-"""Part step: whole training steps, a refresh spread over the steps of its gap."""
+"""Part step: whole training steps, a refresh spread over the steps to the next."""
 
 import functools
 from typing import Any
@@ -17,8 +17,6 @@ from experiments.configs import PresetName, PretrainConfig
 from experiments.training.state import create_state
 
 REFERENCE: PeerName = "adamw"
-GAP = 200
-"""Steps over which a refresh is spread, whatever the preset's gap."""
 
 
 def tasks(bench: Bench) -> list[Task]:
@@ -77,7 +75,7 @@ def measure(bench: Bench, preset: PresetName) -> list[Row]:
     """Lets the steps of all optimizers take turns, and returns a row each."""
     config, ready, rows = bench.config, {}, []
     for name in config.optimizers:
-        if name not in TRAINABLE or name == "natural_galore_same_rank":
+        if name not in TRAINABLE:
             continue
         if name == "muon" and preset != "demo":
             continue  # seconds a step, and nothing here is judged by it
@@ -96,7 +94,7 @@ def measure(bench: Bench, preset: PresetName) -> list[Row]:
     ]
 
 
-def amortised(steady: list[float], refresh: list[float], gap: int = GAP) -> list[float]:
+def amortised(steady: list[float], refresh: list[float], gap: int) -> list[float]:
     """Seconds a step where one in `gap` refreshes, for each round of steady steps.
 
     The median refresh stands for all of them.
@@ -140,7 +138,8 @@ def _row(
     if peer.gap is not None:
         samples["refresh"] = refresh.seconds[name]
         figures |= timed_figures("refresh", samples["refresh"], None)
-        spread = amortised(samples["steady"], samples["refresh"])
+        spread = amortised(samples["steady"], samples["refresh"], peer.gap)
+        figures["gap"] = float(peer.gap)
     figures |= timed_figures("amortised", spread, steady.ratios_of(spread, REFERENCE))
     alone = _alone(name)
     if alone in steady.seconds:

@@ -28,7 +28,6 @@ from experiments.models.llama_config import Dtype
 
 REFERENCE: PeerName = "optax_galore"
 _ALONE = "alone"
-_SAME_RANK = "natural_galore_same_rank"
 
 
 def tasks(bench: Bench, rates: Rates) -> list[Task]:
@@ -91,8 +90,6 @@ class Case:
         self, name: PeerName, gradients: Any, params: Any
     ) -> Updates | TorchUpdates | None:
         """An optimizer that has chosen its first bases; None if not for this case."""
-        if name == _SAME_RANK and not self._is_first_dtype:
-            return None
         if name == "torch_galore":
             check_installed(name)
             if (self.layout, self.dtype) != ("list", "float32"):
@@ -132,14 +129,9 @@ class Case:
                 candidates[f"{name} {_ALONE}"] = functools.partial(run, alone=True)
         return candidates
 
-    @property
-    def _is_first_dtype(self) -> bool:
-        """Whether what need not be known in every dtype is measured here."""
-        return self.dtype == self.bench.config.dtypes[0]
-
     def _in_two_programs(self, peer: Peer) -> bool:
         """Whether it is timed as two programs too: in one dtype, to compile less."""
-        return peer.two_programs and self._is_first_dtype and peer.name != _SAME_RANK
+        return peer.two_programs and self.dtype == self.bench.config.dtypes[0]
 
     def _rows(
         self, part: Part, ready: Mapping[str, Updates | TorchUpdates], timings: Timings

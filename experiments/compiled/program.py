@@ -38,6 +38,8 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; the topology's name decides
     # Several processes may hold libtpu, since none holds a TPU.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # A time to compile is the compiler's, not that of reading what it made before.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 COMMAND = "uv run --group tpu python -m experiments.compile_tpu"
 

@@ -54,11 +54,6 @@ class StudyConfig:
     workers: int = CORES
     study_dir: Path | None = None
 
-    def __post_init__(self) -> None:
-        """Check what can be checked alone."""
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers} must be at least 1.")
-
     @property
     def folder(self) -> Path:
         """The study's folder, its default resolved."""

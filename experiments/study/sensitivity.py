@@ -65,11 +65,6 @@ class SensitivityConfig:
     workers: int = CORES
     study_dir: Path | None = None
 
-    def __post_init__(self) -> None:
-        """Check what can be checked alone."""
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers} must be at least 1.")
-
     @property
     def folder(self) -> Path:
         """The folder of the results, its default resolved."""

@@ -31,6 +31,9 @@ class Session:
         folder: Where study.json lies, or will.
         workers: Runs at a time.
         command: The command line.
+
+    Raises:
+        ValueError: No workers.
     """
 
     kind: str
@@ -39,6 +42,11 @@ class Session:
     folder: Path
     workers: int
     command: str
+
+    def __post_init__(self) -> None:
+        """Check what can be checked alone."""
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be at least 1.")
 
     def carry_out(self, console: Console) -> int:
         """Does what is not done yet, reports, and returns the shell's exit code.
