@@ -116,7 +116,7 @@ def _table(panels: Sequence[Panel]) -> list[str]:
 
 
 def _draw(base: Summary, panels: Sequence[Panel]) -> Figure:
-    """Medians with the band from lowest to highest; all panels share their losses."""
+    """Medians, with what lies from lowest to highest; all panels share their losses."""
     columns = max(1, min(_COLUMNS, len(panels)))
     rows = max(1, math.ceil(len(panels) / columns))
     figure = Figure(figsize=(3.4 * columns, 2.9 * rows), layout="constrained")
@@ -131,12 +131,18 @@ def _draw(base: Summary, panels: Sequence[Panel]) -> Figure:
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    """Values evenly spaced, for they are chosen so, and may be words."""
+    """Values evenly spaced, for they are chosen so; words have no line between them."""
     x = list(range(len(panel.results)))
     spreads = [summary.final for summary in panel.results.values()]
     medians = [spread.median for spread in spreads]
-    band(axes, x, spreads, COLOURS[0])
-    axes.plot(x, medians, marker="o", color=COLOURS[0])
+    if any(isinstance(value, str | bool) for value in panel.results):
+        lows, highs = zip(*((spread.low, spread.high) for spread in spreads))
+        axes.vlines(x, lows, highs, color=COLOURS[0], alpha=0.4, linewidth=6)
+        line = "none"
+    else:
+        band(axes, x, spreads, COLOURS[0])
+        line = "-"
+    axes.plot(x, medians, linestyle=line, marker="o", color=COLOURS[0])
     at = list(panel.results).index(panel.default)
     axes.plot(at, medians[at], marker="o", color=COLOURS[1], markersize=9)
     for place, median in zip(x, medians, strict=True):
