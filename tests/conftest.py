@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict numerics, and the scratch every test module shares."""
+"""Eight CPU devices, strict numerics, and compiled programs that all tests share."""
 
 import atexit
 import os

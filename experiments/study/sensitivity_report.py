@@ -136,7 +136,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     spreads = [summary.final for summary in panel.results.values()]
     medians = [spread.median for spread in spreads]
     if any(isinstance(value, str | bool) for value in panel.results):
-        lows, highs = zip(*((spread.low, spread.high) for spread in spreads))
+        lows = [spread.low for spread in spreads]
+        highs = [spread.high for spread in spreads]
         axes.vlines(x, lows, highs, color=COLOURS[0], alpha=0.4, linewidth=6)
         line = "none"
     else:

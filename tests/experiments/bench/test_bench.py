@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from experiments.bench import __main__ as command
@@ -39,7 +40,10 @@ def folder(tmp_path_factory):
         kept = {name: energy._PROJECTORS[name] for name in ("1 iteration", "exact")}
         patch.setattr(energy, "_PROJECTORS", kept)
         patch.setattr(memory, "compile_step", costs)
+        cached = jax.config.jax_enable_compilation_cache
         assert command.main([*SETTINGS, *MODEL, *text, *chosen]) == 0
+        assert not jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", cached)
     return root / "out"
 
 
@@ -78,7 +82,13 @@ def test_each_part_says_what_it_is_for(folder):
     step = {row["optimizer"]: row["figures"] for row in by_part["step"]}
     assert step["adamw"]["amortised_ratio"] == 1
     assert "refresh_ms" not in step["adamw"]
-    assert step["galore"]["refresh_ms"] > 0
+    assert "gap" not in step["adamw"]
+    refresh = step["galore"]["refresh_ms"]
+    assert refresh > 0
+    # Every second step refreshes: MODEL's gap.
+    spread = (step["galore"]["steady_ms"] + refresh) / 2
+    assert step["galore"]["gap"] == 2
+    assert step["galore"]["amortised_ms"] == pytest.approx(spread)
     assert step["galore"]["alone_ratio"] > 0
     layers = {row["figures"]["layers"] for row in by_part["compile"]}
     assert layers == {1, 2}

@@ -209,6 +209,7 @@ def test_the_machine_is_measured():
 
 def test_a_refresh_is_spread_over_its_gap():
     assert train_step.amortised([1.0, 2.0], [9.0, 11.0, 10.0], gap=4) == [3.25, 4.0]
+    assert train_step.amortised([1.0], [201.0], gap=200) == [2.0]
 
 
 def test_captured_energy_is_that_of_the_exact_basis():
