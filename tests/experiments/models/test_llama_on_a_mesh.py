@@ -10,32 +10,19 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.models.functional import functional_llama
-from experiments.models.llama import Llama, LlamaConfig
+from experiments.models.llama import LlamaConfig
 from experiments.models.lora import Adapter
 from experiments.training import mesh as mesh_lib
 from experiments.training.step import next_token_loss
 from tests.collectives import collectives
+from tests.experiments.small_llama import CONFIG, abstract_params
 
 BATCH, LENGTH = 8, 20  # no weight has a side of 20, its half, or a batch multiple
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=96,
-    num_heads=8,
-    num_kv_heads=4,
-    num_layers=2,
-)
 AXES = pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "auto"])
-
-
-def abstract_params(config: LlamaConfig) -> Any:
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    return nnx.as_pure(nnx.state(model, nnx.Param))
 
 
 def random_params(config: LlamaConfig) -> Any:
@@ -48,8 +35,8 @@ def random_params(config: LlamaConfig) -> Any:
 def loss_and_logits(
     config: LlamaConfig, params: Any, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    logits = nnx.merge(graphdef, params)(tokens[:, :-1])
+    _, apply = functional_llama(config)
+    logits = apply(params, tokens[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return losses.mean(), logits
 
@@ -136,10 +123,10 @@ def test_what_tensor_does_not_divide_is_not_split_by_it(explicit: bool) -> None:
     config = dataclasses.replace(CONFIG, intermediate_size=95)
     mesh = mesh_lib.make_mesh(1, 4, 2, explicit=explicit)
     assert_same_on_mesh(config, mesh, tolerance=1e-5)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0))))
+    _, apply = functional_llama(CONFIG)
     params, batch = placed(CONFIG, mesh)
     with jax.set_mesh(mesh):
-        odd = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t))(params, batch)
+        odd = jax.jit(apply)(params, batch)
     assert odd.shape[1] == LENGTH + 1
     assert odd.sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh), 3)
     _, expected = without_mesh(CONFIG)[0]

@@ -13,23 +13,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.models.functional import functional_llama
-from experiments.models.llama import PRESETS, LlamaConfig
+from experiments.models.llama import PRESETS
 from experiments.models.lora import Adapter
 from experiments.training import mesh as mesh_lib
-
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=96,
-    num_heads=8,
-    num_kv_heads=4,
-    num_layers=2,
-)
-
-
-def abstract_params(config: LlamaConfig) -> Any:
-    init_params, _ = functional_llama(config)
-    return jax.eval_shape(init_params, jax.random.key(0))
+from tests.experiments.small_llama import CONFIG, abstract_params
 
 
 def leaf_specs(shardings: Any) -> Iterator[tuple[str, P]]:
