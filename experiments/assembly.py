@@ -11,7 +11,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from experiments.configs import PretrainConfig
+from experiments.configs.pretrain import PretrainConfig
+from experiments.configs.run import TrainingConfig
 from experiments.models.functional import functional_llama
 from experiments.training.mesh import make_mesh
 from experiments.training.microbatches import LossFn
@@ -30,22 +31,36 @@ class Parts(NamedTuple):
     init_params: Callable[[jax.Array], optax.Params]
     loss_fn: LossFn
     optimizer: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule  # learning rate of the matrices
+    unit: str = "tokens"  # what the loss is a mean over
 
 
 def parts_of(config: PretrainConfig) -> Parts:
-    """Returns model, loss and optimizer of a config."""
+    """Returns what a config pretrains."""
     init_params, apply = functional_llama(config.model, config.optimization.adapter)
+    return make_parts(config, config.run.steps, init_params, next_token_loss(apply))
+
+
+def make_parts(
+    config: TrainingConfig,
+    steps: int,
+    init_params: Callable[[jax.Array], optax.Params],
+    loss_fn: LossFn,
+    unit: str = "tokens",
+) -> Parts:
+    """Returns a model and its loss with the optimizer of a run of so many steps."""
     optimizer = build_optimizer(
         config.optimization,
         learning_rate=config.learning_rate,
-        steps=config.run.steps,
+        steps=steps,
         accumulation_steps=config.accumulation_steps,
     )
-    return Parts(init_params, next_token_loss(apply), optimizer)
+    schedule = matrix_schedule(config.optimization, config.learning_rate, steps)
+    return Parts(init_params, loss_fn, optimizer, schedule, unit)
 
 
 def mesh_of(
-    config: PretrainConfig, devices: Sequence[jax.Device] | None = None
+    config: TrainingConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """Returns the mesh of a config; `devices` are as of `make_mesh`."""
     return make_mesh(
@@ -57,7 +72,7 @@ def mesh_of(
     )
 
 
-def refreshes_of(config: PretrainConfig) -> tuple[bool | None, ...]:
+def refreshes_of(config: TrainingConfig) -> tuple[bool | None, ...]:
     """Returns the `refresh` of each program that the step can be taken apart into.
 
     False and True: steady step and refresh. None alone: the optimizer has no refresh
@@ -69,7 +84,7 @@ def refreshes_of(config: PretrainConfig) -> tuple[bool | None, ...]:
 
 
 def step_of(
-    config: PretrainConfig,
+    config: TrainingConfig,
     parts: Parts,
     shardings: TrainState | None,
     refresh: bool | None = None,
@@ -78,9 +93,10 @@ def step_of(
     return make_train_step(
         parts.loss_fn,
         parts.optimizer,
-        matrix_schedule(config.optimization, config.learning_rate, config.run.steps),
+        parts.schedule,
         microbatches=config.microbatches,
         by_piece=config.accumulation_steps is not None,
+        unit=parts.unit,
         shardings=shardings,
         refresh=refresh,
     )

@@ -27,7 +27,8 @@ from experiments.compiled.program import (
     topology_devices,
 )
 from experiments.compiled.table import markdown, show
-from experiments.configs import OptimizerName, PresetName
+from experiments.configs.optimizer import OptimizerName
+from experiments.configs.pretrain import PresetName
 from experiments.presets import parse
 
 _COMPARED: tuple[OptimizerName, ...] = ("adamw", "optax_galore")

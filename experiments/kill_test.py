@@ -34,7 +34,8 @@ from experiments.training.metrics import read_metrics
 
 _STEPS_A_KILL = 6
 _UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's name for a folder it is writing
-_TIMINGS = ("seconds", "tokens_per_second", "mfu")  # differ from run to run
+_SPEEDS = ("tokens_per_second", "examples_per_second", "mfu")
+_TIMINGS = ("seconds", *_SPEEDS)  # differ from run to run
 _TINY = (
     "--sequence-length 16 --batch-size 8 --eval-every 10 --checkpoint-every 3 "
     "--rank 4 --update-proj-gap 4 --history 3 --validation-tokens 200 "

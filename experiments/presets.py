@@ -6,14 +6,9 @@ from typing import Any
 
 import tyro
 
-from experiments.configs import (
-    OptimizerConfig,
-    OptimizerName,
-    PresetName,
-    PretrainConfig,
-    RunConfig,
-    TextConfig,
-)
+from experiments.configs.optimizer import Method, OptimizerConfig, OptimizerName
+from experiments.configs.pretrain import PresetName, PretrainConfig, PretrainRunConfig
+from experiments.configs.text import TextConfig
 from experiments.models.llama import PRESETS as MODELS
 
 # GaLore's rank, and steps. Published: 60M, 130M, 350M, 1B (arXiv 2403.03507, table 2)
@@ -55,7 +50,7 @@ def _for_two_cores(name: PresetName, optimizer: OptimizerName) -> PretrainConfig
         optimization=_optimization(
             name, optimizer, update_proj_gap=10, adam_learning_rate=8e-3
         ),
-        run=RunConfig(
+        run=PretrainRunConfig(
             steps=_RANK_AND_STEPS[name][1],
             batch_size=16,
             eval_every=50,
@@ -77,7 +72,7 @@ def llama(
         model=MODELS[name],
         text=TextConfig(sequence_length=256),
         optimization=_optimization(name, optimizer, update_proj_gap=200),
-        run=RunConfig(steps=_RANK_AND_STEPS[name][1], batch_size=512),
+        run=PretrainRunConfig(steps=_RANK_AND_STEPS[name][1], batch_size=512),
     )
 
 
@@ -115,7 +110,7 @@ def preset(
 @dataclasses.dataclass(frozen=True)
 class _Choice:
     preset: PresetName = "demo"
-    optimizer: OptimizerName = "natural_galore"
+    optimizer: Method = "natural_galore"
 
 
 def parse(args: Sequence[str] | None = None) -> PretrainConfig:

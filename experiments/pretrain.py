@@ -5,127 +5,53 @@ evaluation -> checkpoint -> report. The run's folder holds all that is needed to
 resume it and to explain it.
 """
 
-import contextlib
 import math
-import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 from rich.console import Console
 
 import ngalore_jax as ng
-from experiments.assembly import mesh_of, parts_of, step_of
-from experiments.configs import PretrainConfig
+from experiments.assembly import parts_of
+from experiments.command import Command
+from experiments.configs.pretrain import PretrainConfig
 from experiments.data.batches import Share
 from experiments.data.text import Text, load_text
 from experiments.presets import parse
-from experiments.training import distributed
-from experiments.training.checkpoint import Checkpointer
 from experiments.training.folder import RunFolder
-from experiments.training.loop import Outcome, Plan, train
-from experiments.training.mesh import batch_sharding
-from experiments.training.metrics import MetricsWriter, NullMetrics, read_metrics
+from experiments.training.loop import Plan
 from experiments.training.microbatches import Batch, LossFn
-from experiments.training.mirrors import open_mirrors
 from experiments.training.optimizer import adamw_state_bytes
-from experiments.training.progress import ConsoleProgress
-from experiments.training.record import first_line
 from experiments.training.report import Report, megabytes
-from experiments.training.state import TrainState, create_state, shardings_of
+from experiments.training.run import Job, Layout, reporter
+from experiments.training.state import TrainState
 from experiments.training.step import make_evaluate
 from experiments.training.throughput import Throughput
 
-_PROGRAM = "python -m experiments.pretrain"
-if "UV_RUN_RECURSION_DEPTH" in os.environ:  # set by `uv run`, whose python it was
-    _PROGRAM = f"uv run {_PROGRAM}"
-_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
-
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    args = list(sys.argv[1:] if args is None else args)
-    try:
-        config = parse(args)
-        if config.mesh.distributed:
-            distributed.join()
-        console = Console(highlight=False, quiet=not distributed.is_first())
-        folder = RunFolder(config.run_dir, config.run.checkpoint_dir)
-        outcome = pretrain(config, folder, console)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(
-            f"error: the devices' memory is too small ({first_line(error)}). Try more "
-            "--microbatches, --model.remat layer, --model.dtype bfloat16 or a larger "
-            "--mesh.fsdp.",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted with nothing new to save.", file=sys.stderr)
-        return _INTERRUPTED
-    if outcome.stopped_by is not None:
-        console.print(
-            f"Saved step {int(outcome.state.step)} of {config.run.steps} in "
-            f"{folder.checkpoints}. Go on with:\n  {_resume_command(args)}",
-            soft_wrap=True,
-            markup=False,
-        )
-    elif distributed.is_first():
-        rows = read_metrics(folder.metrics)
-        if not any("validation_loss" in row for row in rows):
-            console.print("The run is at its end; its metrics are not in this folder.")
-            return 0
-        report = make_report(config, folder, outcome.state, rows, command(args))
-        path = report.write(folder.path, rows)
-        report.show(console)
-        console.print(f"Report: {path}", soft_wrap=True)
-    return outcome.exit_code
-
-
-def pretrain(config: PretrainConfig, folder: RunFolder, console: Console) -> Outcome:
-    """Trains a model in `folder`, from scratch or from its newest checkpoint."""
-    run = config.run
-    with distributed.agreed():
-        if distributed.is_first():
-            folder.claim(
-                resume=run.resume, auto_resume=run.auto_resume, overwrite=run.overwrite
-            )
-        place, share, mesh = lay_out(config, console)
-        text = load_run_text(config, folder, share, console)
-    with contextlib.ExitStack() as stack:
-        stack.callback(text.batches.close)
-        if mesh is not None:
-            stack.enter_context(jax.set_mesh(mesh))
-        return train_on(config, folder, text, place, mesh, console, stack)
-
-
-def lay_out(
-    config: PretrainConfig, console: Console
-) -> tuple[Callable[[Batch], Batch], Share, jax.sharding.Mesh | None]:
-    """Returns how batches reach the devices, this process' share of them, the mesh."""
-    there = jax.device_count()
-    if config.devices < there:
-        unused = f"{config.devices} of {there} devices are used"
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"{unused}, but processes train together on all of them: choose "
-                f"--mesh.data, --mesh.fsdp and --mesh.tensor whose product is {there}."
-            )
-        console.print(f"{unused}; --mesh.fsdp {there} uses all of them.")
-    if config.devices == 1:
-        return jax.device_put, Share(), None
-    mesh = mesh_of(config)
-    place = distributed.BatchPlacement(batch_sharding(mesh))
-    return place, place.share, mesh
+def prepare(
+    config: PretrainConfig, folder: RunFolder, layout: Layout, console: Console
+) -> Job:
+    """Reads the text and makes what is trained on it."""
+    run, parts = config.run, parts_of(config)
+    text = load_run_text(config, folder, layout.share, console)
+    return Job(
+        parts=parts,
+        plan=Plan(run.steps, run.eval_every, run.checkpoint_every, run.max_skipped),
+        batches=text.batches,
+        evaluate=make_validation(parts.loss_fn, layout.place, text),
+        fingerprints=text.identity,
+        data={"corpus": dict(text.summary)},
+        throughput=Throughput.of(
+            config.model,
+            config.text.sequence_length,
+            config.devices,
+            config.optimization.adapter,
+        ),
+    )
 
 
 def load_run_text(
@@ -144,81 +70,6 @@ def load_run_text(
             tokenizer_file=folder.tokenizer,
             report=reporter(console),
         )
-
-
-def reporter(console: Console) -> Callable[[str], None]:
-    """Returns a function that prints a line as it is: paths may hold brackets."""
-    return lambda line: console.print(line, markup=False, soft_wrap=True)
-
-
-def train_on(
-    config: PretrainConfig,
-    folder: RunFolder,
-    text: Text,
-    place: Callable[[Batch], Batch],
-    mesh: jax.sharding.Mesh | None,
-    console: Console,
-    stack: contextlib.ExitStack,
-) -> Outcome:
-    """Trains on `text`; what has to be closed in the end goes onto `stack`."""
-    run, steps, parts = config.run, config.run.steps, parts_of(config)
-    state = create_state(parts.init_params, parts.optimizer, seed=run.seed, mesh=mesh)
-    report = reporter(console)
-    settings = config.as_dict() | {"corpus": dict(text.summary)}
-    with distributed.agreed():
-        if run.overwrite and distributed.is_first():
-            folder.delete_run()
-
-    checkpointer = stack.enter_context(
-        Checkpointer(
-            folder.checkpoints,
-            keep=run.keep_checkpoints,
-            identity=config.identity() | {"fingerprints": text.identity},
-            config=settings,
-            report=report,
-        )
-    )
-    state = checkpointer.start(
-        state, text.batches, resume=run.resume, auto_resume=run.auto_resume
-    )
-    done = int(state.step)
-    metrics, earlier = NullMetrics(), []
-    with distributed.agreed():
-        if distributed.is_first():
-            if run.auto_resume and done == 0:
-                folder.check_restart(settings)
-            folder.write_config(settings)
-            metrics = MetricsWriter(
-                folder.metrics,
-                keep_until=done,
-                mirrors=open_mirrors(
-                    folder.path,
-                    keep_until=done,
-                    wandb_project=run.wandb,
-                    config=settings,
-                    report=report,
-                ),
-                report=report,
-            )
-            earlier = read_metrics(folder.metrics)
-    return train(
-        state,
-        step_fn=step_of(config, parts, None if mesh is None else shardings_of(state)),
-        batches=text.batches,
-        place=place,
-        evaluate=make_validation(parts.loss_fn, place, text),
-        plan=Plan(steps, run.eval_every, run.checkpoint_every, run.max_skipped),
-        checkpointer=checkpointer,
-        metrics=stack.enter_context(metrics),
-        progress=stack.enter_context(ConsoleProgress(console, steps=steps, done=done)),
-        earlier=earlier,
-        throughput=Throughput.of(
-            config.model,
-            config.text.sequence_length,
-            config.devices,
-            config.optimization.adapter,
-        ),
-    )
 
 
 def make_validation(
@@ -275,7 +126,8 @@ def make_report(
         "checkpoint": str(folder.checkpoints / str(last["step"])),
     }
     other = "adamw" if name != "adamw" else "natural_galore"
-    here = f"{_PROGRAM} --preset {config.preset}"
+    program = COMMAND.program
+    here = f"{program} --preset {config.preset}"
     return Report(
         title=f"Llama {config.preset} with {name}",
         facts=facts,
@@ -284,23 +136,15 @@ def make_report(
             (f"The same with {other}, to compare", f"{here} --optimizer {other}"),
             (
                 "A published size, on C4 from the hub",
-                f"{_PROGRAM} --preset llama_60m --data c4",
+                f"{program} --preset llama_60m --data c4",
             ),
             ("Text of your own", f"{here} --data 'texts/*.txt' --run-dir runs/mine"),
         ),
     )
 
 
-def command(args: Sequence[str]) -> str:
-    """Returns the command line with these arguments, ready to be pasted."""
-    return f"{_PROGRAM} {shlex.join(args)}".strip()
-
-
-def _resume_command(args: Sequence[str]) -> str:
-    dropped = ("--overwrite", "--resume", "--auto-resume")
-    kept = [arg for arg in args if arg not in dropped]
-    return command([*kept, "--resume"])
-
+COMMAND = Command("experiments.pretrain", parse, prepare, make_report)
+main = COMMAND.main
 
 if __name__ == "__main__":
     sys.exit(main())

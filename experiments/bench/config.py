@@ -11,7 +11,8 @@ import jax
 import tyro
 
 from experiments.bench.shapes import Layout
-from experiments.configs import OptimizerName, PresetName, PretrainConfig
+from experiments.configs.optimizer import OptimizerName
+from experiments.configs.pretrain import PresetName, PretrainConfig
 from experiments.models.llama_config import Dtype
 from experiments.presets import parse
 

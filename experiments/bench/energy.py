@@ -21,7 +21,7 @@ from experiments.assembly import parts_of, step_of
 from experiments.bench.config import Bench
 from experiments.bench.optimizers import galore_rank, natural_rank
 from experiments.bench.records import Row, Task
-from experiments.configs import PretrainConfig
+from experiments.configs.pretrain import PretrainConfig
 from experiments.data.batches import Share
 from experiments.pretrain import load_run_text
 from experiments.training.folder import RunFolder

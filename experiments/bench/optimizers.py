@@ -13,7 +13,8 @@ import optax
 
 from experiments.assembly import refreshes_of
 from experiments.bench.config import Bench, PeerName
-from experiments.configs import OptimizerName, PresetName, PretrainConfig
+from experiments.configs.optimizer import OptimizerName
+from experiments.configs.pretrain import PresetName, PretrainConfig
 from experiments.training.optimizer import build_optimizer
 
 _STEPS = 100_000  # of the schedule; its end is never reached

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from experiments.bench.config import Bench, Part
 from experiments.bench.quartiles import Quartiles
-from experiments.configs import PresetName
+from experiments.configs.pretrain import PresetName
 
 
 @dataclasses.dataclass(frozen=True)

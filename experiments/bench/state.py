@@ -15,7 +15,7 @@ from experiments.bench.optimizers import Peer, peer_of
 from experiments.bench.programs import compile_update
 from experiments.bench.records import Row, Task, reason, tasks_by_preset
 from experiments.bench.shapes import matrices
-from experiments.configs import PresetName
+from experiments.configs.pretrain import PresetName
 
 REFERENCE = "galore"
 _COUNT_BYTES = 4

@@ -13,7 +13,7 @@ from experiments.bench.config import Bench, PeerName
 from experiments.bench.optimizers import TRAINABLE, Peer, peer_of
 from experiments.bench.records import Row, Task, reason, tasks_by_preset, timed_figures
 from experiments.bench.timing import Candidate, Timings, interleaved
-from experiments.configs import PresetName, PretrainConfig
+from experiments.configs.pretrain import PresetName, PretrainConfig
 from experiments.training.state import create_state
 
 REFERENCE: PeerName = "adamw"

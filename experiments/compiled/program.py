@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from experiments.assembly import mesh_of, parts_of, step_of
 from experiments.compiled.counts import count
-from experiments.configs import PretrainConfig
+from experiments.configs.pretrain import PretrainConfig
 from experiments.presets import parse
 from experiments.training.chips import known_chip
 from experiments.training.mesh import batch_sharding

@@ -1,5 +1,6 @@
 """The Hugging Face hub: where C4 lies, T5's tokenizer, and what to do when it fails."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ _C4_SHARDS = {"train": 1024, "validation": 8}
 _GO_ON = "Checkpoints are as they were: start again with --resume to go on."
 # Seconds between two tries, doubled from one to the next.
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
+# No pickle, and no code.
+_MODEL_FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.index.json"]
 # Answers of a server that may be another one a little later.
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -49,6 +52,38 @@ def t5_tokenizer(report: Report, patience: float) -> Path:
         try:
             path = huggingface_hub.hf_hub_download("google-t5/t5-base", "spiece.model")
             return Path(path)
+        except network_errors() as error:
+            retries.wait_or_raise(error)
+
+
+def model_folder(name: str, report: Report, patience: float = 60) -> Path:
+    """Return the folder of a model: `name` itself, or the hub's, kept in its cache.
+
+    Args:
+      name: A folder, or a name on the hub: OWNER/MODEL.
+      report: Takes a line for the user before each wait.
+      patience: Seconds to go on trying.
+
+    Raises:
+      TextError: There is no such folder, and no such model in the cache or on the hub.
+    """
+    import huggingface_hub
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise TextError(
+            f"{name} is no folder (seen from {Path.cwd()}), nor a model's name on the "
+            "hub, which is OWNER/MODEL."
+        )
+    quiet_hub()
+    retries = Retries(f"hf://{name}", report, patience)
+    while True:
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(name, allow_patterns=_MODEL_FILES)
+            )
         except network_errors() as error:
             retries.wait_or_raise(error)
 

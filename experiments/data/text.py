@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.configs import TextConfig
+from experiments.configs.text import TextConfig
 from experiments.data.batches import Batches, Share
 from experiments.data.corpus import Corpus, load_corpus, load_held_out
 from experiments.data.documents import DocumentReader

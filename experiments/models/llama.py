@@ -37,11 +37,11 @@ from flax import nnx
 from experiments.models import placement
 from experiments.models.llama_config import PRESETS, LlamaConfig
 from experiments.models.lora import Adapter
-from experiments.models.projection import Projection, normal
+from experiments.models.projection import Formats, Projection, normal
 
 __all__ = ["PRESETS", "Llama", "LlamaConfig", "parameter_count"]
 
-_REMAT_POLICIES = {
+REMAT_POLICIES = {
     "layer": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -134,8 +134,9 @@ class Layer(nnx.Module):
 class Embedding(nnx.Module):
     """Token embedding, also the output layer when tied."""
 
-    def __init__(self, name: str, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        shape = (config.vocab_size, config.hidden_size)
+    def __init__(
+        self, name: str, shape: tuple[int, int], config: Formats, *, rngs: nnx.Rngs
+    ) -> None:
         self.name = name
         self.dtype = config.dtype
         self.embedding = nnx.Param(normal(rngs.params(), shape, config))
@@ -170,7 +171,8 @@ class Llama(nnx.Module):
           rngs: Source of the initial values.
         """
         self.config = config
-        self.embed_tokens = Embedding("embed_tokens", config, rngs=rngs)
+        table = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding("embed_tokens", table, config, rngs=rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
@@ -218,7 +220,7 @@ class Llama(nnx.Module):
 
         if config.remat != "none":
             run_layer = jax.checkpoint(
-                run_layer, prevent_cse=False, policy=_REMAT_POLICIES[config.remat]
+                run_layer, prevent_cse=False, policy=REMAT_POLICIES[config.remat]
             )
         x_BxTxD, _ = jax.lax.scan(run_layer, self.embed_tokens(tokens_BxT), stacked)
 

@@ -62,6 +62,22 @@ def gather_matrix(w: jax.Array, name: str) -> jax.Array:
     return _place(w, RULES.used_matrix(name, w.shape, mesh.shape))
 
 
+def pin_bias(b: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Lay a bias ``(n,)`` out like the output of module ``name``, kernel ``(m, n)``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not (mesh.empty or mesh.are_all_axes_explicit):
+        b = _place(b, RULES.vector)  # as `gather_matrix` says
+    column = RULES.cut(name, shape, _axis_sizes()) == 1
+    return _place(b, P(TENSOR if column else None))
+
+
+def told_sharding(x: jax.Array) -> jax.sharding.NamedSharding | None:
+    """Return the sharding of ``x`` if its type says it: not so on auto axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = not mesh.empty and mesh.are_all_axes_explicit
+    return jax.typeof(x).sharding if explicit else None
+
+
 def multiply(
     x: jax.Array, w: jax.Array, name: str, dtype: jax.typing.DTypeLike | None = None
 ) -> jax.Array:

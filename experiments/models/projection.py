@@ -1,20 +1,32 @@
 """The linear layer of the models: a kernel, or an adapter in its place."""
 
+from typing import Protocol
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models import lora, placement
-from experiments.models.llama_config import LlamaConfig
+from experiments.models.llama_config import Dtype, Remat
 
 STD = 0.02  # of the entries of every matrix: the published runs' initialisation
 
 
-class Projection(nnx.Module):
-    """Linear layer without bias: ``(B, T, m) -> (B, T, n)``.
+class Formats(Protocol):
+    """What a layer asks of its model's config."""
 
-    Parameters: ``kernel`` ``(m, n)``; with an adapter ``lora_a`` ``(m, r)`` and
-    ``lora_b`` ``(r, n)`` beside a frozen ``kernel``, or alone (:mod:`lora`). A frozen
-    kernel is the one that the same seed gives without adapter.
+    param_dtype: Dtype
+    dtype: Dtype
+    remat: Remat
+
+
+class Projection(nnx.Module):
+    """Linear layer: ``(B, T, m) -> (B, T, n)``.
+
+    Parameters: ``kernel`` ``(m, n)`` and, if asked for, ``bias`` ``(n,)``; with an
+    adapter ``lora_a`` ``(m, r)`` and ``lora_b`` ``(r, n)`` beside a frozen ``kernel``,
+    or alone (:mod:`lora`). A frozen kernel is the one that the same seed gives without
+    adapter.
     """
 
     def __init__(
@@ -22,10 +34,11 @@ class Projection(nnx.Module):
         name: str,
         in_size: int,
         out_size: int,
-        config: LlamaConfig,
+        config: Formats,
         *,
         rngs: nnx.Rngs,
         adapter: lora.Adapter | None = None,
+        bias: bool = False,
     ) -> None:
         self.name = name  # as in the path of its parameter: the mesh rules go by it
         self.remat = config.remat
@@ -40,6 +53,8 @@ class Projection(nnx.Module):
                 jax.random.fold_in(key, 1), name, shape, STD, config.param_dtype
             )
             self.lora_a, self.lora_b = nnx.Param(a), nnx.Param(b)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(out_size, config.param_dtype))
 
     def __call__(
         self, x: jax.Array, out_dtype: jax.typing.DTypeLike | None = None
@@ -67,7 +82,11 @@ class Projection(nnx.Module):
             # the layers of a scan that would be a whole copy of the model. A layer
             # that is recomputed as a whole needs no such care.
             project = jax.checkpoint(project, prevent_cse=False)
-        return project(x, self._weights())
+        y = project(x, self._weights())
+        if not hasattr(self, "bias"):
+            return y
+        bias = placement.pin_bias(self.bias[...].astype(y.dtype), name, self.shape)
+        return y + jnp.expand_dims(bias, range(y.ndim - 1))
 
     def place_input(self, x: jax.Array) -> jax.Array:
         """Lay an input out on the mesh as the product needs it."""
@@ -81,6 +100,6 @@ class Projection(nnx.Module):
         return {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
 
 
-def normal(key: jax.Array, shape: tuple[int, int], config: LlamaConfig) -> jax.Array:
+def normal(key: jax.Array, shape: tuple[int, int], config: Formats) -> jax.Array:
     """Draw a matrix from N(0, STD^2) in the parameters' format."""
     return jax.nn.initializers.normal(STD)(key, shape, config.param_dtype)

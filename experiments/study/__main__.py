@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from experiments.study.config import PROGRAM, parse_args
+from experiments.study.pretraining import PRETRAINING
+from experiments.study.report import show_report
 from experiments.study.session import Session
 
 
@@ -21,11 +23,13 @@ def main(args: Sequence[str] | None = None) -> int:
         config, arms = parse_args(args)
         session = Session(
             "study",
+            PRETRAINING,
             arms,
             config.budget,
             config.folder,
             config.workers,
             command=f"{PROGRAM} {shlex.join(args)}".strip(),
+            report=show_report,
         )
         return session.carry_out(Console(highlight=False))
     except (ValueError, OSError) as error:

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from experiments.configs import OptimizerName, PretrainConfig
-from experiments.presets import parse
-from experiments.training.record import compare
+from experiments.configs.optimizer import OptimizerName
+from experiments.configs.run import TrainingConfig
+from experiments.study.subject import Subject
 
 # The study gives these to each run itself.
 _OWN = ("seed", "run-dir", "checkpoint-dir", "resume", "auto-resume", "overwrite")
@@ -34,13 +34,13 @@ class Arm:
 
     Attributes:
         name: What tables and plots call it.
-        arguments: Those of experiments.pretrain that make it.
+        arguments: Those of the subject's command that make it.
         config: What they stand for; its learning rate is the one that factors are on.
     """
 
     name: str
     arguments: tuple[str, ...]
-    config: PretrainConfig
+    config: TrainingConfig
 
     def run(self, factor: float, seed: int) -> Run:
         """Returns the run at a factor on the arm's own learning rate."""
@@ -52,7 +52,7 @@ class Arm:
 
         Args:
             run: One of this arm's.
-            fingerprints: Of text and tokenizer.
+            fingerprints: Of what it reads.
         """
         config = dataclasses.replace(
             self.config,
@@ -61,53 +61,45 @@ class Arm:
             ),
             run=dataclasses.replace(self.config.run, seed=run.seed),
         )
-        of_run = config.as_dict()["run"]
-        return config.identity() | {
-            "eval_every": of_run["eval_every"],
-            "microbatches": of_run["microbatches"],
-            "fingerprints": dict(fingerprints),
-        }
+        return config.decisive() | {"fingerprints": dict(fingerprints)}
 
 
-def parse_arms(specs: Sequence[str], common: Sequence[str]) -> list[Arm]:
+def parse_arms(
+    specs: Sequence[str], common: Sequence[str], subject: Subject
+) -> list[Arm]:
     """Reads arms from the command line.
 
     Args:
-        specs: METHOD, or NAME=ARGUMENTS of experiments.pretrain.
+        specs: METHOD, or NAME=ARGUMENTS of the subject's command.
         common: Arguments that go to every run; an arm's own take their place.
+        subject: What runs train.
 
     Raises:
         ValueError: There is none, or two of a name; a name that is no method and has
-            no arguments; arguments that are the study's; arms that read other text.
+            no arguments; arguments that are the study's; arms that the subject
+            cannot compare.
     """
     if not specs:
         raise ValueError("a study needs an arm: --arms METHOD or 'NAME=ARGUMENTS'.")
-    arms = [_parse_arm(spec, common) for spec in specs]
-    check_comparable(arms)
+    arms = [_parse_arm(spec, common, subject) for spec in specs]
+    check_comparable(arms, subject)
     return arms
 
 
-def check_comparable(arms: Sequence[Arm]) -> None:
+def check_comparable(arms: Sequence[Arm], subject: Subject) -> None:
     """Refuses arms that cannot stand in one table.
 
     Raises:
-        ValueError: Two have one name, or read other text.
+        ValueError: Two have one name, or the subject does not compare them.
     """
     names = [arm.name for arm in arms]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two arms are named {twice[0]}: give each a name of its own.")
-    first = _text(arms[0])
-    for arm in arms:
-        if differences := compare(first, _text(arm)):
-            raise ValueError(
-                f"{arm.name} does not learn the same text as {arms[0].name} "
-                f"({'; '.join(differences)}), so that their losses are no comparison: "
-                "give text, tokenizer, vocabulary and lengths to all arms alike."
-            )
+    subject.check_comparable({arm.name: arm.config for arm in arms})
 
 
-def make_arm(name: str, arguments: Sequence[str]) -> Arm:
-    """Returns the arm that these arguments of experiments.pretrain make.
+def make_arm(name: str, arguments: Sequence[str], subject: Subject) -> Arm:
+    """Returns the arm that these arguments of the subject's command make.
 
     Raises:
         ValueError: A name that cannot be a folder's, or arguments that are the study's.
@@ -124,10 +116,10 @@ def make_arm(name: str, arguments: Sequence[str]) -> Arm:
                 f"{word} is the study's to give: --seeds and --study-dir say which "
                 "seeds, and where runs lie."
             )
-    return Arm(name, tuple(arguments), parse(arguments))
+    return Arm(name, tuple(arguments), subject.parse(arguments))
 
 
-def _parse_arm(spec: str, common: Sequence[str]) -> Arm:
+def _parse_arm(spec: str, common: Sequence[str], subject: Subject) -> Arm:
     name, equals, text = spec.partition("=")
     if not equals and name not in get_args(OptimizerName):
         raise ValueError(
@@ -135,9 +127,4 @@ def _parse_arm(spec: str, common: Sequence[str]) -> Arm:
             "of these, or 'NAME=ARGUMENTS' as in 'low=--optimizer galore --rank 4'."
         )
     own = shlex.split(text) if equals else ["--optimizer", name]
-    return make_arm(name, [*common, *own])
-
-
-def _text(arm: Arm) -> dict[str, Any]:
-    config = arm.config.as_dict()
-    return config["text"] | {"model.vocab_size": config["model"]["vocab_size"]}
+    return make_arm(name, [*common, *own], subject)

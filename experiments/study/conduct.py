@@ -14,7 +14,7 @@ from experiments.study.harvest import RunError, delete_checkpoints, harvest, log
 from experiments.study.processes import Processes
 from experiments.study.progress import StudyProgress
 from experiments.study.records import Records
-from experiments.study.shared_text import SharedText
+from experiments.study.subject import Shared, Subject
 from experiments.study.tuning import Budget, needed
 from experiments.training.signals import StopSignals
 
@@ -30,7 +30,8 @@ class Conductor:
         arms: What is compared.
         budget: What each of them gets.
         records: What is done; written after every run.
-        text: What all runs read.
+        subject: What runs train.
+        shared: What all of them read.
         folder: Of the runs.
         workers: Runs at a time.
         failures: Why runs failed, but for those that diverged.
@@ -39,7 +40,8 @@ class Conductor:
     arms: Sequence[Arm]
     budget: Budget
     records: Records
-    text: SharedText
+    subject: Subject
+    shared: Shared
     folder: Path
     workers: int
     failures: dict[Run, str] = dataclasses.field(default_factory=dict)
@@ -49,7 +51,7 @@ class Conductor:
 
         Runs that are under way then save, and go on when the study is started again.
         """
-        processes = Processes()
+        processes = Processes(self.subject.module)
         jobs: dict[Future[tuple[int, float]], tuple[Arm, Run]] = {}
         with (
             StopSignals() as signals,
@@ -80,21 +82,21 @@ class Conductor:
 
     def _wanted(self) -> list[tuple[Arm, Run]]:
         """Runs that are needed, not done and not failed."""
-        losses = self.records.final_losses
+        results = self.records.results(self.subject)
         return [
             (arm, run)
             for arm in self.arms
-            for run in needed(arm, self.budget, losses)
-            if run not in losses and run not in self.failures
+            for run in needed(arm, self.budget, results)
+            if run not in results and run not in self.failures
         ]
 
     def _counts(self) -> tuple[int, int]:
         """Runs done, and all that are known to be needed."""
-        losses = self.records.final_losses
+        results = self.records.results(self.subject)
         done = total = 0
         for arm in self.arms:
-            runs = needed(arm, self.budget, losses)
-            here = sum(run in losses for run in runs)
+            runs = needed(arm, self.budget, results)
+            here = sum(run in results for run in runs)
             failed = any(run in self.failures for run in runs)
             # The seeds come after the tuning, unless that fails.
             more = here < len(runs) and not failed
@@ -111,7 +113,7 @@ class Conductor:
             [
                 *arm.arguments,
                 *("--learning-rate", repr(run.learning_rate), "--seed", str(run.seed)),
-                *(*self.text.arguments, "--run-dir", str(path), "--auto-resume"),
+                *(*self.shared.arguments, "--run-dir", str(path), "--auto-resume"),
             ],
             log_of(path),
         )
@@ -123,7 +125,7 @@ class Conductor:
         """Records a run that has ended."""
         path = self.folder / run.name
         try:
-            record = harvest(arm, run, path, code, self.text.fingerprints)
+            record = harvest(arm, run, path, code, self.subject, self.shared)
         except RunError as error:
             self.failures[run] = str(error)
             progress.ended(run.name, f"failed: {error}", seconds)
@@ -131,5 +133,6 @@ class Conductor:
         self.records.add(record)
         delete_checkpoints(path)
         progress.show(*self._counts())
-        found = f"{record.final_loss:.4f}" if record.diverged is None else "diverged"
+        result = abs(self.subject.result(record))
+        found = f"{result:.4f}" if record.diverged is None else "diverged"
         progress.ended(run.name, found, seconds)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import tyro
 
-from experiments.configs import PresetName
+from experiments.configs.pretrain import PresetName
 from experiments.study.arms import Arm, parse_arms
+from experiments.study.pretraining import PRETRAINING
 from experiments.study.tuning import Budget
 
 PROGRAM = "python -m experiments.study"
@@ -76,4 +77,5 @@ def parse_args(args: Sequence[str]) -> tuple[StudyConfig, list[Arm]]:
     config, extra = tyro.cli(
         StudyConfig, args=args, prog=PROGRAM, return_unknown_args=True
     )
-    return config, parse_arms(config.arms, ["--preset", config.preset, *extra])
+    common = ["--preset", config.preset, *extra]
+    return config, parse_arms(config.arms, common, PRETRAINING)

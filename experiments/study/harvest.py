@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import jax
 from optax.transforms import PartitionState
 
 import ngalore_jax as ng
-from experiments.assembly import parts_of
 from experiments.study.arms import Arm, Run
 from experiments.study.records import Record
+from experiments.study.subject import Shared, Subject
 from experiments.training.folder import RunFolder
 from experiments.training.metrics import read_metrics
 from experiments.training.optimizer import matrix_labels
@@ -30,7 +29,7 @@ class RunError(Exception):
 
 
 def harvest(
-    arm: Arm, run: Run, path: Path, exit_code: int, fingerprints: Mapping[str, str]
+    arm: Arm, run: Run, path: Path, exit_code: int, subject: Subject, shared: Shared
 ) -> Record:
     """Reads what a run that has ended left in its folder.
 
@@ -38,12 +37,13 @@ def harvest(
         arm: What it is a run of.
         run: The run.
         path: Its folder; what it has printed lies beside it, with suffix .log.
-        exit_code: Of experiments.pretrain.
-        fingerprints: Of the study's text and tokenizer.
+        exit_code: Of the command.
+        subject: What it trains.
+        shared: What the study has read.
 
     Raises:
         RunError: It did not end well, nor by a loss that is not finite; or it has read
-            another text than the study.
+            something else than the study.
     """
     folder = RunFolder(path)
     said = _error(log_of(path))
@@ -52,14 +52,15 @@ def harvest(
         raise RunError(said or f"ended with code {exit_code}; see {log_of(path)}")
     if diverged is None and not folder.report.exists():
         raise RunError(f"ended without a report; see {log_of(path)}")
-    read = json.loads(folder.config.read_text("utf-8"))["corpus"]["fingerprint"]
-    if read != fingerprints["text"]:
+    fingerprints = subject.fingerprints(arm.config, shared)
+    read = subject.fingerprints_read(json.loads(folder.config.read_text("utf-8")))
+    if any(fingerprints[name] != found for name, found in read.items()):
         raise RunError("it has read another text: a file has changed since the start.")
-    weights = weigh(arm)
+    weights = weigh(arm, subject)
     return Record(
         run=run,
         settings=arm.settings(run, fingerprints),
-        curve=_curve(read_metrics(folder.metrics)),
+        curve=_curve(read_metrics(folder.metrics), subject),
         state_bytes=weights["state_bytes"],
         parameters=weights["parameters"],
         versions=versions(),
@@ -78,13 +79,13 @@ def delete_checkpoints(path: Path) -> None:
 
 
 @functools.cache
-def weigh(arm: Arm) -> dict[str, dict[str, int]]:
+def weigh(arm: Arm, subject: Subject) -> dict[str, dict[str, int]]:
     """Returns bytes of optimizer state and number of parameters, abstractly.
 
     Each of `all`, and of the `matrices` alone, which are left to the arm's method,
-    with kernels that it freezes.
+    with kernels that it freezes. Among the numbers, that of the state's values.
     """
-    parts = parts_of(arm.config)
+    parts = subject.parts(arm.config)
     params = jax.eval_shape(lambda: parts.init_params(jax.random.key(0)))
     state = jax.eval_shape(parts.optimizer.init, params)
     matrices = [
@@ -103,6 +104,7 @@ def weigh(arm: Arm) -> dict[str, dict[str, int]]:
         "parameters": {
             "all": sum(sizes),
             "matrices": sum(size for label, size in pairs if label == "matrix"),
+            "state": sum(leaf.size for leaf in jax.tree.leaves(state)),
         },
     }
 
@@ -127,16 +129,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _curve(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def _curve(rows: list[dict[str, Any]], subject: Subject) -> dict[str, list[Any]]:
     columns = {
-        "tokens": [int(sum_) for sum_ in _running_sum(rows, "tokens")],
+        subject.unit: [int(sum_) for sum_ in _running_sum(rows, subject.unit)],
         "seconds": _running_sum(rows, "seconds"),
     }
     evaluated = [at for at, row in enumerate(rows) if "validation_loss" in row]
+    kept = subject.columns(rows[evaluated[0]]) if evaluated else ["validation_loss"]
     return {
         "step": [rows[at]["step"] for at in evaluated],
         **{name: [column[at] for at in evaluated] for name, column in columns.items()},
-        "validation_loss": [rows[at]["validation_loss"] for at in evaluated],
+        **{name: [rows[at][name] for at in evaluated] for name in kept},
     }
 
 

@@ -17,9 +17,11 @@ _ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 class Processes:
-    """Runs of experiments.pretrain; all of them can be told to save and end."""
+    """Runs of a command that trains; all of them can be told to save and end."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str) -> None:
+        """Takes the command's name, as of `python -m`."""
+        self._module = module
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
@@ -28,7 +30,7 @@ class Processes:
         """Runs the command to its end; any thread may call it.
 
         Args:
-            arguments: Of experiments.pretrain.
+            arguments: Of the command.
             log: File that takes what it prints.
 
         Returns:
@@ -40,7 +42,7 @@ class Processes:
                 if self._stopped:
                     return 143
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "experiments.pretrain", *arguments],
+                    [sys.executable, "-m", self._module, *arguments],
                     env=_ENVIRONMENT | os.environ | {"XLA_FLAGS": flags},
                     stdin=subprocess.DEVNULL,
                     stdout=output,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from experiments.presets import preset
 from experiments.study.arms import Arm, Run
+from experiments.study.subject import Shared, Subject
 from experiments.training.record import compare
 
 _FORMAT = 1
@@ -23,11 +23,12 @@ class Record:
     Attributes:
         run: Which one.
         settings: As of `Arm.settings`.
-        curve: Columns of its evaluations: `step`, and up to there `tokens` and
-            `seconds` (of training steps, the first of which compiles), and
-            `validation_loss`, None where it is not finite.
+        curve: Columns of its evaluations: `step`, and up to there `tokens` (or
+            another unit) and `seconds` (of training steps, the first of which
+            compiles), and `validation_loss` and other scores, None where not finite.
         state_bytes: Of the optimizer: `all`, and of the `matrices` alone.
-        parameters: Number of them, likewise.
+        parameters: Number of them, likewise; and of values in the `state`, unless the
+            record is an old one.
         versions: Of what it was made with.
         diverged: The message that it ended with early; None if it did not.
     """
@@ -112,13 +113,12 @@ class Records:
                 f"{error}): mend it, or give the study another --study-dir."
             ) from error
 
-    @property
-    def final_losses(self) -> dict[Run, float]:
-        """Final loss of every run; infinite if it diverged."""
-        return {run: record.final_loss for run, record in self.runs.items()}
+    def results(self, subject: Subject) -> dict[Run, float]:
+        """Result of every run; infinite if it diverged."""
+        return {run: subject.result(record) for run, record in self.runs.items()}
 
-    def check(self, arms: Sequence[Arm], fingerprints: Mapping[str, str]) -> None:
-        """Refuses to go on with records that are not of these arms and this text.
+    def check(self, arms: Sequence[Arm], subject: Subject, shared: Shared) -> None:
+        """Refuses to go on with records that are not of these arms and this data.
 
         Raises:
             ValueError: A run has the name of one of theirs, but other settings.
@@ -127,8 +127,11 @@ class Records:
         for run, record in self.runs.items():
             if run.arm not in named:
                 continue
-            now = _rounded(named[run.arm].settings(run, fingerprints))
-            if differences := compare(_completed(record.settings), now):
+            arm = named[run.arm]
+            prints = subject.fingerprints(arm.config, shared)
+            now = _rounded(arm.settings(run, prints))
+            there = _over(_rounded(subject.defaults(record.settings)), record.settings)
+            if differences := compare(there, now):
                 raise ValueError(
                     f"{self.path} has {run.name} with other settings "
                     f"({'; '.join(differences)}): give the arm another name, or the "
@@ -170,14 +173,8 @@ def _parse(fields: Mapping[str, Any]) -> Record:
     return Record(run, **rest)
 
 
-def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that came after a record was made are the defaults that it had."""
-    method = settings["optimization"]["optimizer"]
-    defaults = _rounded(preset(settings["preset"], method).identity())
-    return _over(defaults, settings)
-
-
 def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that came after a record was made are the defaults that it had."""
     merged = dict(defaults)
     for name, value in given.items():
         both = isinstance(value, Mapping) and isinstance(defaults.get(name), Mapping)

@@ -14,10 +14,13 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments.configs import OptimizerConfig, OptimizerName, PresetName
+from experiments.configs.optimizer import OptimizerConfig, OptimizerName
+from experiments.configs.pretrain import PresetName
 from experiments.study.arms import Arm, check_comparable, make_arm
 from experiments.study.config import CORES
+from experiments.study.pretraining import PRETRAINING
 from experiments.study.records import Records
+from experiments.study.report import show_report
 from experiments.study.session import Session
 from experiments.study.tuning import Budget
 
@@ -86,17 +89,19 @@ def parse_args(args: Sequence[str]) -> tuple[SensitivityConfig, list[Arm]]:
     common = ["--preset", config.preset, "--optimizer", config.method, *extra]
     if config.learning_rate is not None:
         common += ["--learning-rate", repr(config.learning_rate)]
-    base = make_arm(config.method, common)
+    base = make_arm(config.method, common, PRETRAINING)
     arms = [base]
     for spec in config.vary or _USUAL:
         setting, values = _parse(spec)
         for value in values:
-            arm = make_arm(f"{setting}={value}", [*common, *_flag(setting, value)])
+            arm = make_arm(
+                f"{setting}={value}", [*common, *_flag(setting, value)], PRETRAINING
+            )
             # One name for 1e-3 and 0.001, and none for the default.
             arm = dataclasses.replace(arm, name=f"{setting}={_value(arm, setting)}")
             if arm.config != base.config:
                 arms.append(arm)
-    check_comparable(arms)
+    check_comparable(arms, PRETRAINING)
     return config, arms
 
 
@@ -108,11 +113,13 @@ def main(args: Sequence[str] | None = None) -> int:
         _check_rate(config.folder / "study.json", arms[0].run(1, 0).learning_rate)
         session = Session(
             "sensitivity",
+            PRETRAINING,
             arms,
             Budget((1.0,), 0, config.seeds),
             config.folder,
             config.workers,
             command=f"{PROGRAM} {shlex.join(args)}".strip(),
+            report=show_report,
         )
         return session.carry_out(Console(highlight=False))
     except (ValueError, OSError) as error:

@@ -3,7 +3,7 @@
 import dataclasses
 import fcntl
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,7 @@ from rich.console import Console
 from experiments.study.arms import Arm
 from experiments.study.conduct import Conductor
 from experiments.study.records import Records
-from experiments.study.report import show_report
-from experiments.study.shared_text import prepare
+from experiments.study.subject import Subject
 from experiments.study.tuning import Budget
 
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -26,22 +25,26 @@ class Session:
 
     Attributes:
         kind: As of `Records`.
+        subject: What runs train.
         arms: What is compared.
         budget: What each of them gets.
         folder: Where study.json lies, or will.
         workers: Runs at a time.
         command: The command line.
+        report: Shows the records.
 
     Raises:
         ValueError: No workers.
     """
 
     kind: str
+    subject: Subject
     arms: Sequence[Arm]
     budget: Budget
     folder: Path
     workers: int
     command: str
+    report: Callable[[Records, Console], None]
 
     def __post_init__(self) -> None:
         """Check what can be checked alone."""
@@ -66,15 +69,24 @@ class Session:
         runs = self.folder / "runs"
         records = self._records()
         try:
-            text = prepare(self.arms[0].config, runs / "text", console)
+            configs = [arm.config for arm in self.arms]
+            shared = self.subject.prepare(configs, runs / "text", console)
         except KeyboardInterrupt:
             return _INTERRUPTED
-        records.check(self.arms, text.fingerprints)
-        conductor = Conductor(self.arms, self.budget, records, text, runs, self.workers)
+        records.check(self.arms, self.subject, shared)
+        conductor = Conductor(
+            self.arms,
+            self.budget,
+            records,
+            self.subject,
+            shared,
+            runs,
+            self.workers,
+        )
         stopped_by = conductor.conduct(console)
         if records.runs:
             records.write()
-            show_report(records, console)
+            self.report(records, console)
         for run, message in conductor.failures.items():
             print(f"error: {run.name}: {message}", file=sys.stderr)
         if stopped_by is not None:

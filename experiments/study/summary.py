@@ -96,7 +96,9 @@ def summarize(records: Records) -> list[Summary]:
 
 
 def _summarize(arm: str, records: Records) -> Summary | None:
-    losses = {run: loss for run, loss in records.final_losses.items() if run.arm == arm}
+    losses = {
+        run: record.final_loss for run, record in records.runs.items() if run.arm == arm
+    }
     tried = {
         run.learning_rate: loss
         for run, loss in losses.items()

@@ -41,13 +41,13 @@ class Budget:
         return len(self.factors) + len(self.seeds) - 1
 
 
-def needed(arm: Arm, budget: Budget, losses: Mapping[Run, float]) -> list[Run]:
+def needed(arm: Arm, budget: Budget, results: Mapping[Run, float]) -> list[Run]:
     """Returns the runs of an arm that are known to be needed, done or not.
 
     Args:
         arm: The arm.
         budget: What it gets.
-        losses: Final loss of each run that is done; infinite where it diverged.
+        results: Of each run that is done: lower is better, infinite: it diverged.
 
     Returns:
         While a rate of `budget` is not tried: those to try. Then as well the best of
@@ -58,16 +58,16 @@ def needed(arm: Arm, budget: Budget, losses: Mapping[Run, float]) -> list[Run]:
     factors = sorted(budget.factors)
     for left in reversed(range(budget.extensions + 1)):
         tries = [arm.run(factor, first) for factor in factors]
-        if any(run not in losses for run in tries):
+        if any(run not in results for run in tries):
             return tries
-        beyond = _beyond(factors, [losses[run] for run in tries])
+        beyond = _beyond(factors, [results[run] for run in tries])
         if beyond is None or not left:
             break
         factors = sorted([*factors, beyond])
     # Rates of an earlier command count, too.
-    tried = [run for run in losses if run.arm == arm.name and run.seed == first]
-    best = min(tried, key=losses.__getitem__)
-    if math.isinf(losses[best]):
+    tried = [run for run in results if run.arm == arm.name and run.seed == first]
+    best = min(tried, key=results.__getitem__)
+    if math.isinf(results[best]):
         return tries
     return [*tries, *(dataclasses.replace(best, seed=seed) for seed in others)]
 

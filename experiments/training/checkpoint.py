@@ -18,7 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 from experiments.training.distributed import gather, is_first
 from experiments.training.fingerprint import fingerprint, structure
 from experiments.training.folder import absolute
-from experiments.training.preservation import LowestLoss
+from experiments.training.preservation import LowestRank
 from experiments.training.quiet import quiet_checkpoints, settle
 from experiments.training.reader import DamagedError, Reader
 from experiments.training.record import compare, first_line, seal
@@ -46,7 +46,7 @@ class Checkpointer:
 
     Saving is asynchronous and atomic: a checkpoint is there as a whole or not at
     all, and leaving the context waits for the one under way. The newest checkpoints
-    are kept, and the one of the lowest validation loss. With several processes, all
+    are kept, and the best one. With several processes, all
     of them make the same calls.
     """
 
@@ -76,7 +76,7 @@ class Checkpointer:
         self._identity = dict(identity)
         self._config = dict(config)
         self._report = report
-        self._best = LowestLoss()
+        self._best = LowestRank()
         newest = checkpoint_managers.LatestN(keep)
         try:
             self._manager = ocp.CheckpointManager(
@@ -96,7 +96,7 @@ class Checkpointer:
         self._reader = Reader(self.directory)
         self._stack = contextlib.ExitStack()
         self._stack.callback(self._reader.close)
-        self._read_losses()
+        self._read_ranks()
 
     @property
     def latest_step(self) -> int | None:
@@ -160,12 +160,32 @@ class Checkpointer:
             + "; ".join(f"{step}: {why}" for step, why in damaged.items())
         )
 
+    def best(self, state: TrainState) -> TrainState:
+        """Returns the best checkpoint's state.
+
+        Args:
+            state: Has its shapes and shardings.
+
+        Raises:
+            ResumeError: There is none that was ranked, or it cannot be read.
+        """
+        step = self._best.best(self._manager.all_steps())
+        if step is None:
+            raise ResumeError(f"no checkpoint in {self.directory} has been evaluated.")
+        try:
+            return self._read(step, state)[0]
+        except DamagedError as error:
+            raise ResumeError(
+                f"{self.directory / str(step)}, the best checkpoint, cannot be read "
+                f"({error})."
+            ) from error
+
     def save(
         self,
         step: int,
         state: TrainState,
         position: Mapping[str, Any],
-        validation_loss: float | None = None,
+        rank: float | None = None,
     ) -> None:
         """Starts to save after `step` updates; a step that is saved stays as it is.
 
@@ -173,24 +193,24 @@ class Checkpointer:
             step: Updates done.
             state: State after them.
             position: This process' position in the data after them, as JSON.
-            validation_loss: Ranks the checkpoint, if this step was evaluated.
+            rank: Of this step's evaluation, if there was one: lower is better.
 
         Raises:
             SaveError: This save could not start, or the one before has failed.
         """
         if step == self.latest_step:
             return
-        if validation_loss is not None and not math.isfinite(validation_loss):
-            validation_loss = None  # of no use as a rank, and JSON has no word for it
+        if rank is not None and not math.isfinite(rank):
+            rank = None  # of no use, and JSON has no word for it
         record = {
             "identity": self._identity,
             "config": self._config,
             "positions": gather(position),
             "structure": structure(state),
             "fingerprint": fingerprint(state),
-            "validation_loss": validation_loss,
+            "rank": rank,
         }
-        self._best.add(step, validation_loss)
+        self._best.add(step, rank)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(seal(record))
         )
@@ -263,13 +283,13 @@ class Checkpointer:
             raise DamagedError("its arrays are not those that were saved")
         return restored, record
 
-    def _read_losses(self) -> None:
+    def _read_ranks(self) -> None:
         for step in self._manager.all_steps():
             try:
                 record = self._reader.record(step)
             except DamagedError:
                 continue  # `restore` reports it
-            self._best.add(step, record["validation_loss"])
+            self._best.add(step, record["rank"])
 
     def _set_aside(self, damaged: Mapping[int, str]) -> None:
         for step, why in damaged.items():

@@ -97,7 +97,7 @@ class RunFolder:
             with tempfile.TemporaryFile(dir=self.path):
                 pass  # found out now, not after hours
 
-    def check_restart(self, config: Mapping[str, Any]) -> None:
+    def check_restart(self, config: Mapping[str, Any], checkpoint_every: int) -> None:
         """Refuses to begin a run of which the folder has more than its beginning.
 
         For a run that was started before and has no checkpoint, which is so if it was
@@ -105,6 +105,7 @@ class RunFolder:
 
         Args:
             config: As for `write_config`, of the run that would begin.
+            checkpoint_every: Steps between its checkpoints.
 
         Raises:
             FileExistsError: The folder is of other settings, or of a run that should
@@ -121,7 +122,7 @@ class RunFolder:
                 "--checkpoint-dir included, or another --run-dir."
             )
         rows = read_metrics(self.metrics) if self.metrics.exists() else []
-        if len(rows) > 2 * config["run"]["checkpoint_every"]:
+        if len(rows) > 2 * checkpoint_every:
             raise FileExistsError(
                 f"{self.path} holds metrics up to step {rows[-1]['step']}, but "
                 f"{self.checkpoints} has no checkpoint: bring them back, or start "

@@ -44,10 +44,12 @@ class Outcome:
 
     Attributes:
         state: The last state, which is saved.
+        steps: What the plan was.
         stopped_by: The signal that cut it short; None if it ran to its end.
     """
 
     state: TrainState
+    steps: int
     stopped_by: signal.Signals | None
 
     @property
@@ -67,8 +69,10 @@ def train(
     checkpointer: Checkpointer,
     metrics: Writer,
     progress: Progress,
+    rank: Callable[[Row], float | None] = lambda row: row.get("validation_loss"),
+    unit: str = "tokens",
     earlier: Sequence[Row] = (),
-    throughput: Callable[[float, float], Row] = lambda tokens, seconds: {},
+    throughput: Callable[[float, float], Row] = lambda count, seconds: {},
 ) -> Outcome:
     """Trains from `state` to the end of the plan, or until Ctrl-C or SIGTERM.
 
@@ -82,14 +86,15 @@ def train(
         batches: Endless batches of host arrays, at the position that fits `state`. One
             is read ahead.
         place: Puts a batch on the devices.
-        evaluate: Metrics of given parameters, by name. Checkpoints are ranked by
-            `validation_loss`.
+        evaluate: Metrics of given parameters, by name.
         plan: When to end, to evaluate and to save.
         checkpointer: Where to save.
         metrics: Where each step's row goes.
         progress: What the user sees.
+        rank: Of the metrics of an evaluation, for its checkpoint: lower is better.
+        unit: Name that a step's metrics have for its sum of weights.
         earlier: Rows of the steps before, which loss spikes are judged by.
-        throughput: What a step's tokens and seconds add to its row.
+        throughput: What that sum and a step's seconds add to its row.
 
     Returns:
         The last state, which is saved, and the signal that ended the loop early.
@@ -106,11 +111,12 @@ def train(
         metrics,
         progress,
         max_skipped=plan.max_skipped,
+        unit=unit,
         earlier=earlier,
         throughput=throughput,
     )
     step, number, failed = int(state.step), 0, 0
-    found: Row = {}  # by the evaluation after the newest step
+    ranked: float | None = None  # by the evaluation after the newest step
     with StopSignals() as signals:
         ahead = ReadAhead(batches)
 
@@ -128,20 +134,19 @@ def train(
             step += 1
             log.add(step, values)
             checkpointer.check()
-            found = {}
+            ranked = None
             if plan.evaluates_after(step):
                 log.fetch()  # so that the step's time is without the evaluation's
                 found = evaluate(state.params)
                 log.extend(found)
+                ranked = rank(found)
             if plan.saves_after(step):
                 # Known to be finite, and written, before the state is saved.
                 log.flush()
-                checkpointer.save(
-                    step, state, ahead.position, found.get("validation_loss")
-                )
+                checkpointer.save(step, state, ahead.position, ranked)
         log.flush()
         # Does nothing where the loop has saved already.
-        checkpointer.save(step, state, ahead.position, found.get("validation_loss"))
+        checkpointer.save(step, state, ahead.position, ranked)
         checkpointer.wait()
     if log.error is not None:
         raise log.error
@@ -149,4 +154,4 @@ def train(
         raise ahead.error or OtherProcessError(
             f"another process cannot read its next batch; step {step} is saved."
         )
-    return Outcome(state, signal.Signals(number) if number else None)
+    return Outcome(state, plan.steps, signal.Signals(number) if number else None)

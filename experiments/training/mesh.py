@@ -38,7 +38,7 @@ class ShardingRules:
 
     Attributes:
       batch: Leading axis of tokens, activations and logits.
-      vector: Norm scales.
+      vector: Norm scales and biases.
       column: Names of the modules whose kernel ``tensor`` cuts on its output side;
         ``MODULE/lora_b`` for that factor of an adapter.
       row: Names of the modules whose kernel ``tensor`` cuts on its input side;
@@ -191,8 +191,8 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
     Args:
       abstract_params: Pure tree of arrays or ``ShapeDtypeStruct``. Leaves named
         ``kernel``, ``embedding``, ``lora_a`` or ``lora_b`` are matrices
-        ``(..., m, n)``, leaves named ``scale`` vectors ``(..., d)``; axes in front
-        (stacked layers) are not split.
+        ``(..., m, n)``, leaves named ``scale`` or ``bias`` vectors ``(..., d)``; axes
+        in front (stacked layers) are not split.
       mesh: A mesh with an ``fsdp`` axis, and ``tensor`` if it is split.
 
     Returns:
@@ -210,12 +210,12 @@ def param_shardings(abstract_params: Any, mesh: Mesh) -> Any:
                 spec = RULES.stored_matrix(module, leaf.shape, mesh.shape)
             case "lora_a" | "lora_b":
                 spec = RULES.stored_matrix(f"{module}/{last}", leaf.shape, mesh.shape)
-            case "scale":
+            case "scale" | "bias":
                 spec = RULES.vector
             case _:
                 raise ValueError(
                     f"no sharding rule for parameter {name!r}: its last name must be "
-                    "kernel, embedding, lora_a, lora_b or scale; add a rule to "
+                    "kernel, embedding, lora_a, lora_b, scale or bias; add a rule to "
                     "experiments.training.mesh for any other"
                 )
         stacked = (None,) * (len(leaf.shape) - len(spec))

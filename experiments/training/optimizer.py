@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 import ngalore_jax as ng
-from experiments.configs import OptimizerConfig, StorageDtype
+from experiments.configs.optimizer import OptimizerConfig, Others, StorageDtype
 from experiments.models import lora
 from experiments.training import variants
 from experiments.training.relora import jagged, relora
@@ -53,7 +53,7 @@ def build_optimizer(
     Returns:
         A transformation of a model's parameters: nested dictionaries whose hidden
         matrices are leaves named `kernel`, or an adapter's `lora_a` and `lora_b`,
-        outside `lm_head`.
+        outside `lm_head` and `head`.
     """
     accumulates = accumulation_steps is not None
     more = {"accumulation_steps": accumulation_steps} if accumulates else {}
@@ -63,14 +63,21 @@ def build_optimizer(
         more["peak"] = learning_rate
     schedule = matrix_schedule(config, learning_rate, steps)
     method = _METHODS[config.optimizer](config, schedule, **more)
+    given = config.adam_learning_rate
+    others_rate = learning_rate if given is None else given
     adam = optax.adam(
-        learning_rate_schedule(config, config.adam_learning_rate, steps),
+        learning_rate_schedule(config, others_rate, steps),
         b1=config.b1,
         b2=config.b2,
     )
     if accumulates:
         adam = optax.MultiSteps(adam, accumulation_steps).gradient_transformation()
-    optimizer = optax.partition({"matrix": method, "other": adam}, matrix_labels)
+    parts = {"matrix": method, "other": adam}
+    if config.others == "freeze":
+        parts["frozen"] = optax.set_to_zero()
+    optimizer = optax.partition(
+        parts, functools.partial(matrix_labels, others=config.others)
+    )
     if config.clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
@@ -79,17 +86,24 @@ def build_optimizer(
 def learning_rate_schedule(
     config: OptimizerConfig, peak: float, steps: int
 ) -> optax.Schedule:
-    """Returns a linear rise to `peak` followed by a cosine down to its end value.
+    """Returns a linear rise to `peak`, then a cosine or a line down to its end value.
 
     The first step has a learning rate above zero: none is wasted.
     """
     warmup = min(round(config.warmup_fraction * steps), steps - 1)
+    start, end = peak / (warmup + 1), config.final_fraction * peak
+    if config.decay == "linear":
+        fall = optax.linear_schedule(peak, end, steps - warmup)
+        if not warmup:
+            return fall
+        rise = optax.linear_schedule(start, peak, warmup)
+        return optax.join_schedules([rise, fall], [warmup])
     return optax.warmup_cosine_decay_schedule(
-        init_value=peak / (warmup + 1),
+        init_value=start,
         peak_value=peak,
         warmup_steps=warmup,
         decay_steps=steps,
-        end_value=config.final_fraction * peak,
+        end_value=end,
     )
 
 
@@ -106,18 +120,21 @@ def matrix_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.S
     return jagged(schedule, gap, warmup=min(gap // 10, 100))
 
 
-def matrix_labels(params: optax.Params) -> optax.Params:
-    """Labels each leaf `matrix` (left to the method) or `other` (trained by Adam).
+def matrix_labels(params: optax.Params, others: Others = "train") -> optax.Params:
+    """Labels each leaf `matrix` (left to the method), `other` (on Adam) or `frozen`.
 
     Matrices are the hidden kernels and adapters' factors, also the kernels that a
-    method with adapters freezes.
+    method with adapters freezes. With `others` frozen, output layer or head alone is
+    on Adam.
     """
 
     def label(path: jax.tree_util.KeyPath, _: jax.Array) -> str:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        named = names[-1] in ("kernel", "lora_a", "lora_b")
-        is_matrix = named and "lm_head" not in names
-        return "matrix" if is_matrix else "other"
+        if not {"lm_head", "head"}.isdisjoint(names):
+            return "other"
+        if names[-1] in ("kernel", "lora_a", "lora_b"):
+            return "matrix"
+        return "other" if others == "train" else "frozen"
 
     return jax.tree.map_with_path(label, params)
 

@@ -6,26 +6,30 @@ from typing import Any
 from orbax.checkpoint import checkpoint_managers
 
 
-class LowestLoss(checkpoint_managers.PreservationPolicy):
-    """Preserves the checkpoint of the lowest validation loss that is known.
+class LowestRank(checkpoint_managers.PreservationPolicy):
+    """Preserves the checkpoint of the lowest rank that is known.
 
-    Orbax's own `BestN` reads losses from a file of its own in every checkpoint when a
+    Orbax's own `BestN` reads ranks from a file of its own in every checkpoint when a
     folder is opened, which fails as a whole where one of these is damaged.
     """
 
     def __init__(self) -> None:
-        self._losses: dict[int, float] = {}
+        self._ranks: dict[int, float] = {}
 
-    def add(self, step: int, loss: float | None) -> None:
-        """Takes the loss of a checkpoint."""
-        if loss is not None:
-            self._losses[step] = loss
+    def add(self, step: int, rank: float | None) -> None:
+        """Takes the rank of a checkpoint."""
+        if rank is not None:
+            self._ranks[step] = rank
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: Any
     ) -> Sequence[bool]:
         """Says of each checkpoint whether it stays."""
         steps = [info.step for info in checkpoints]
-        known = [step for step in steps if step in self._losses]
-        best = min(known, key=self._losses.__getitem__, default=None)
+        best = self.best(steps)
         return [step == best for step in steps]
+
+    def best(self, steps: Sequence[int]) -> int | None:
+        """Returns the step of the lowest rank among these, None if none is known."""
+        known = [step for step in steps if step in self._ranks]
+        return min(known, key=self._ranks.__getitem__, default=None)

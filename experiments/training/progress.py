@@ -19,16 +19,22 @@ _PLAIN_LINES = 20
 
 
 class ConsoleProgress:
-    """Shows loss, tokens per second and time left; a context manager.
+    """Shows loss, speed and time left; a context manager.
 
     On a terminal a bar is redrawn in place; elsewhere plain lines are printed, about
     twenty a run. Evaluations, skipped steps and loss spikes are printed as lines of
     their own on both.
     """
 
-    def __init__(self, console: Console, *, steps: int, done: int) -> None:
-        """Prepares to show a run of `steps` steps of which `done` are done."""
+    def __init__(
+        self, console: Console, *, steps: int, done: int, unit: str = "tokens"
+    ) -> None:
+        """Prepares to show a run of `steps` steps of which `done` are done.
+
+        Its rows count what they learn from under the name `unit`.
+        """
         self._console = console
+        self._unit = unit
         self._steps = steps
         self._done = done
         self._every = max(1, steps // _PLAIN_LINES)
@@ -39,7 +45,7 @@ class ConsoleProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TextColumn(f"{{task.fields[rate]:,.0f}} {unit}/s"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -51,7 +57,7 @@ class ConsoleProgress:
 
     def step(self, row: dict[str, Any]) -> None:
         """Shows one row of metrics."""
-        rate = row["tokens"] / row["seconds"]
+        rate = row[self._unit] / row["seconds"]
         # Smoothed over about ten steps; the first step, which compiles, would
         # otherwise hang on.
         first = row["step"] <= self._done + 2
@@ -68,11 +74,12 @@ class ConsoleProgress:
                 "deviations above the recent ones"
             )
         if "validation_loss" in row:
-            self._console.print(
-                f"step {row['step']}: validation loss {row['validation_loss']:.4f}, "
-                f"perplexity {row['validation_perplexity']:.2f}, "
-                f"{row['validation_bits_per_byte']:.4f} bits per byte"
+            found = (
+                f"{name.removeprefix('validation_').replace('_', ' ')} {value:.4f}"
+                for name, value in row.items()
+                if name.startswith("validation_")
             )
+            self._console.print(f"step {row['step']}: validation {', '.join(found)}")
         elif not self._console.is_terminal and row["step"] % self._every == 0:
             self._console.print(self._line(row["step"], loss))
 
@@ -95,5 +102,5 @@ class ConsoleProgress:
         left = elapsed / (step - self._done) * (self._steps - step)
         return (
             f"step {step}/{self._steps}: loss {loss:.3f}, "
-            f"{self._rate:,.0f} tokens/s, {left:,.0f} s left"
+            f"{self._rate:,.0f} {self._unit}/s, {left:,.0f} s left"
         )

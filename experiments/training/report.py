@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -21,16 +22,21 @@ class Report:
         facts: Name and value of each line of the table.
         command: Command that made the run.
         next_steps: What to try next: a reason and a command each.
+        unit: Of the losses.
+        scores: Names of validation metrics to draw beside the losses.
     """
 
     title: str
     facts: dict[str, str]
     command: str
     next_steps: Sequence[tuple[str, str]]
+    unit: str = "nats per token"
+    scores: Sequence[str] = ()
 
     def write(self, run_dir: Path, rows: Sequence[dict[str, Any]]) -> Path:
         """Writes report.md and loss.png into `run_dir` and returns the former."""
-        plot_losses(rows, self.title, run_dir / _CURVE)
+        figure = plot(rows, self.title, self.unit, self.scores)
+        figure.savefig(run_dir / _CURVE, dpi=120)
         table = "\n".join(f"| {name} | {value} |" for name, value in self.facts.items())
         steps = "\n".join(f"* {why}: `{how}`" for why, how in self.next_steps)
         path = run_dir / "report.md"
@@ -38,7 +44,8 @@ class Report:
             f"# {self.title}\n\n"
             f"Made by `{self.command}`; every setting is in `config.json`.\n\n"
             f"| | |\n|---|---|\n{table}\n\n"
-            f"![training and validation loss by step]({_CURVE})\n\n"
+            f"![{', '.join(['training and validation loss', *self.scores])} by step]"
+            f"({_CURVE})\n\n"
             f"## What to try next\n\n{steps}\n",
             "utf-8",
         )
@@ -56,16 +63,20 @@ class Report:
             console.print(f"  {why}:\n    {how}", soft_wrap=True, markup=False)
 
 
-def plot_losses(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draws training and validation loss by step into a PNG file.
+def plot(
+    rows: Sequence[dict[str, Any]], title: str, unit: str, scores: Sequence[str] = ()
+) -> Figure:
+    """Draws training and validation loss by step, and beside them scores if any.
 
     Args:
         rows: Rows of metrics.jsonl.
         title: Heading.
-        path: The file.
+        unit: Of the losses.
+        scores: Names of validation metrics.
     """
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    panels = 2 if scores else 1
+    figure = Figure(figsize=(7 if panels == 1 else 11, 4), layout="constrained")
+    axes, *others = figure.subplots(1, panels, squeeze=False)[0]
     axes.plot(
         [row["step"] for row in rows],
         [row["loss"] for row in rows],
@@ -74,17 +85,23 @@ def plot_losses(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         label="training",
     )
     evaluated = [row for row in rows if "validation_loss" in row]
-    axes.plot(
-        [row["step"] for row in evaluated],
-        [row["validation_loss"] for row in evaluated],
-        color="tab:orange",
-        marker="o",
-        label="validation",
-    )
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    steps = [row["step"] for row in evaluated]
+
+    def draw(where: Axes, name: str, **style: Any) -> None:
+        values = [row[f"validation_{name}"] for row in evaluated]
+        where.plot(steps, values, marker="o", **style)
+
+    draw(axes, "loss", color="tab:orange", label="validation")
+    axes.set(title=title, ylabel=f"loss ({unit})")
+    for panel in others:
+        for name in scores:
+            draw(panel, name, label=name)
+        panel.set(title="validation scores")
+    for panel in (axes, *others):
+        panel.set(xlabel="step")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    return figure
 
 
 def megabytes(count: int) -> str:

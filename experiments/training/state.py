@@ -25,6 +25,7 @@ def create_state(
     *,
     seed: int,
     mesh: Mesh | None = None,
+    pretrained: Callable[[optax.Params], optax.Params] | None = None,
 ) -> TrainState:
     """Makes the initial state on the devices, compiled, so that it is born sharded.
 
@@ -34,19 +35,21 @@ def create_state(
         seed: Seed of the key.
         mesh: Where the state is laid out by `mesh.ShardingRules`; the caller has
             entered it with `jax.set_mesh`. None: on one device.
+        pretrained: Returns parameters like those that were made, with other values.
     """
-    init = _initial(optimizer)
     key = jax.random.key(seed)
+    init = _initial(optimizer)
     if mesh is None:
         # Committed to a device, as a restored state is: one program serves both.
-        device = SingleDeviceSharding(jax.devices()[0])
-        return jax.jit(lambda key: init(init_params(key)), out_shardings=device)(key)
-    abstract_params = jax.eval_shape(init_params, key)
-    params = jax.jit(init_params, out_shardings=param_shardings(abstract_params, mesh))(
-        key
-    )
-    shardings = state_shardings(init, abstract_params, mesh)
-    return jax.jit(init, out_shardings=shardings)(params)
+        of_params = of_state = SingleDeviceSharding(jax.devices()[0])
+    else:
+        abstract = jax.eval_shape(init_params, key)
+        of_params = param_shardings(abstract, mesh)
+        of_state = state_shardings(init, abstract, mesh)
+    params = jax.jit(init_params, out_shardings=of_params)(key)
+    if pretrained is not None:
+        params = pretrained(params)
+    return jax.jit(init, out_shardings=of_state, donate_argnums=0)(params)
 
 
 def abstract_state(

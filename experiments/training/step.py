@@ -25,6 +25,7 @@ def make_train_step(
     *,
     microbatches: int = 1,
     by_piece: bool = False,
+    unit: str = "tokens",
     shardings: TrainState | None = None,
     refresh: bool | None = None,
 ) -> StepFn:
@@ -41,6 +42,7 @@ def make_train_step(
             gradients are added up in float32, so that memory follows the piece.
         by_piece: The optimizer adds up the gradients of `microbatches` itself, one
             update each. A piece that is not finite is then skipped, not the step.
+        unit: What weights count; names their sum.
         shardings: Sharding of every leaf of the state, kept from step to step; on
             auto mesh axes the compiler would choose others, and compile again for
             them. None: one device, where there is no choice.
@@ -51,7 +53,7 @@ def make_train_step(
     Returns:
         The compiled step. Metrics are float32 scalars: `loss` (weighted mean),
         `gradient_norm`, `update_norm` (0 if skipped), `learning_rate` (by `step`, so
-        ahead of the optimizer's by the steps skipped), `tokens` (sum of weights),
+        ahead of the optimizer's by the steps skipped), `unit` (sum of weights),
         `skipped` (1 if anything was, else 0).
     """
     optimizer = optax.with_extra_args_support(optimizer)
@@ -73,7 +75,7 @@ def make_train_step(
             "gradient_norm": done.gradient_norm,
             "update_norm": done.update_norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "tokens": done.weight,
+            unit: done.weight,
             "skipped": 1 - done.finite.astype(jnp.float32),
         }
         return TrainState(done.params, done.opt_state, state.step + 1), metrics

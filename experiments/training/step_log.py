@@ -47,6 +47,7 @@ class StepLog:
         progress: Progress,
         *,
         max_skipped: int,
+        unit: str,
         earlier: Iterable[Row],
         throughput: Callable[[float, float], Row],
     ) -> None:
@@ -56,12 +57,14 @@ class StepLog:
             writer: Where each row goes.
             progress: What the user sees.
             max_skipped: Skipped steps in a row that are too many.
+            unit: Name of a step's sum of weights.
             earlier: Rows of the steps before, which losses are judged by.
-            throughput: What tokens and seconds of a step add to its row.
+            throughput: What that sum and a step's seconds add to its row.
         """
         self.error: NonFiniteError | None = None
         self._writer = writer
         self._progress = progress
+        self._unit = unit
         self._throughput = throughput
         self._max_skipped = max_skipped
         self._skipped = 0  # in a row
@@ -108,7 +111,7 @@ class StepLog:
         row["skipped"] = int(numbers["skipped"])
         now = time.perf_counter()
         seconds = now - self._clock
-        speed = self._throughput(numbers["tokens"], seconds)
+        speed = self._throughput(numbers[self._unit], seconds)
         self._row = {"step": step, **row, "seconds": seconds, **speed}
         self._clock = now
         # Where pieces of a batch are skipped, the others make an update.

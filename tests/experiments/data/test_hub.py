@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments.configs import TextConfig
+from experiments.configs.text import TextConfig
 from experiments.data import hub, text
 from experiments.data.batches import WHOLE
 from experiments.data.text_files import TextError

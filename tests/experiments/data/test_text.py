@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.configs import TextConfig
+from experiments.configs.text import TextConfig
 from experiments.data import text as text_module
 from experiments.data.batches import WHOLE, Share
 from experiments.data.text import load_text

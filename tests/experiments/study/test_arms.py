@@ -4,9 +4,14 @@ import dataclasses
 
 import pytest
 
-from experiments.study.arms import parse_arms
+from experiments.study import arms
+from experiments.study.pretraining import PRETRAINING
 
 COMMON = ["--preset", "demo", "--steps", "8"]
+
+
+def parse_arms(specs, common):
+    return arms.parse_arms(specs, common, PRETRAINING)
 
 
 def test_a_method_is_an_arm_and_arguments_make_one():

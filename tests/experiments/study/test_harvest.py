@@ -10,6 +10,7 @@ import pytest
 from experiments.study.__main__ import main
 from experiments.study.arms import parse_arms
 from experiments.study.harvest import weigh
+from experiments.study.pretraining import PRETRAINING
 from experiments.study.processes import Processes
 from experiments.study.records import Records
 from tests.experiments.study.fake_runs import MODEL, in_process, write_texts
@@ -38,9 +39,11 @@ def test_a_real_run_is_recorded_and_its_checkpoints_deleted(tmp_path, monkeypatc
 
 def test_state_and_parameters_of_the_matrices_are_told_apart():
     weights = {
-        name: weigh(arm)
+        name: weigh(arm, PRETRAINING)
         for arm in parse_arms(
-            ["adamw", "galore", "clipped=--optimizer adamw --clip-norm 1"], MODEL
+            ["adamw", "galore", "clipped=--optimizer adamw --clip-norm 1"],
+            MODEL,
+            PRETRAINING,
         )
         for name in [arm.name]
     }
@@ -48,7 +51,11 @@ def test_state_and_parameters_of_the_matrices_are_told_apart():
     rest = 2 * 280 * 8 + 3 * 8  # embedding, output layer, norms
     count = 4
     assert weights["adamw"] == {
-        "parameters": {"all": layer + rest, "matrices": layer},
+        "parameters": {
+            "all": layer + rest,
+            "matrices": layer,
+            "state": 2 * (layer + rest) + count,
+        },
         "state_bytes": {
             # Two moments and a step counter; the schedule counts, too.
             "all": 8 * (layer + rest) + 4 * count,
@@ -64,7 +71,7 @@ def test_state_and_parameters_of_the_matrices_are_told_apart():
 
 def test_a_process_that_fails_says_why_and_all_can_be_stopped(tmp_path, monkeypatch):
     log = tmp_path / "run.log"
-    processes = Processes()
+    processes = Processes(PRETRAINING.module)
     arguments = ["--data", f"{tmp_path}/*.txt", "--run-dir", f"{tmp_path}/run"]
     assert processes.run(arguments, log) == 1
     assert f"error: '{tmp_path}/*.txt' matches no file" in log.read_text()

@@ -7,10 +7,20 @@ import math
 import pytest
 
 from experiments.study.arms import Run, parse_arms
+from experiments.study.pretraining import PRETRAINING
 from experiments.study.records import Record, Records
+from experiments.study.subject import Shared
 
 FINGERPRINTS = {"text": "abc", "tokenizer": "def"}
-(ARM,) = parse_arms(["adamw"], ["--steps", "4"])
+SHARED = Shared(FINGERPRINTS)
+
+
+def arm(spec="adamw", *arguments):
+    (one,) = parse_arms([spec], ["--steps", "4", *arguments], PRETRAINING)
+    return one
+
+
+ARM = arm()
 
 
 def record(rate=1.0, seed=0, losses=(3.123456789, 2.0), **more) -> Record:
@@ -48,7 +58,7 @@ def test_records_come_back_with_six_digits(tmp_path):
     assert first.settings == kept.runs[first.run].settings
     assert (first.final_loss, first.seconds) == (2.0, 41.0)
     assert read.runs[ARM.run(1, 1)].final_loss == math.inf
-    read.check([ARM], FINGERPRINTS)
+    read.check([ARM], PRETRAINING, SHARED)
     # Written again it is the same file.
     before = kept.path.read_bytes()
     read.write()
@@ -79,14 +89,14 @@ def test_a_loss_that_is_not_finite_is_infinite(losses, final):
 def test_other_settings_are_refused_by_name(tmp_path):
     kept = records(tmp_path, record())
     with pytest.raises(ValueError, match=r"fingerprints.text: 'abc' there, 'x' now"):
-        kept.check([ARM], FINGERPRINTS | {"text": "x"})
-    (longer,) = parse_arms(["adamw"], ["--steps", "5"])
+        kept.check([ARM], PRETRAINING, Shared(FINGERPRINTS | {"text": "x"}))
+    longer = arm("adamw", "--steps", "5")
     with pytest.raises(
         ValueError, match=r"adamw-lr0.001-seed0 .*steps: 4 there, 5 now"
     ):
-        kept.check([longer], FINGERPRINTS)
-    (other,) = parse_arms(["other=--optimizer adamw"], ["--steps", "5"])
-    kept.check([other], FINGERPRINTS)  # another arm's
+        kept.check([longer], PRETRAINING, SHARED)
+    other = arm("other=--optimizer adamw", "--steps", "5")
+    kept.check([other], PRETRAINING, SHARED)  # another arm's
 
 
 def test_settings_that_are_newer_than_a_record_had_their_defaults_then(tmp_path):
@@ -94,10 +104,10 @@ def test_settings_that_are_newer_than_a_record_had_their_defaults_then(tmp_path)
     del old.settings["optimization"]["history"]
     del old.settings["model"]["remat"]
     kept = records(tmp_path, old)
-    kept.check([ARM], FINGERPRINTS)
-    (changed,) = parse_arms(["adamw"], ["--steps", "4", "--history", "3"])
+    kept.check([ARM], PRETRAINING, SHARED)
+    changed = arm("adamw", "--history", "3")
     with pytest.raises(ValueError, match=r"optimization.history: 20 there, 3 now"):
-        kept.check([changed], FINGERPRINTS)
+        kept.check([changed], PRETRAINING, SHARED)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.study import report
 from experiments.study.__main__ import main
+from experiments.study.pretraining import PRETRAINING
 from experiments.study.records import Records
 from tests.experiments.study.fake_runs import MODEL, SECONDS, write_texts
 
@@ -96,7 +97,9 @@ def test_runs_read_tokens_and_tokenizer_that_are_made_once(command, runs, tmp_pa
 def test_a_run_that_diverges_is_bad_and_the_study_goes_on(command, runs, tmp_path):
     runs.diverges_above = 6e-4
     assert command("--arms", "adamw") == 0
-    losses = {run.name: loss for run, loss in read(tmp_path).final_losses.items()}
+    losses = {
+        run.name: loss for run, loss in read(tmp_path).results(PRETRAINING).items()
+    }
     assert (
         losses["adamw-lr0.001-seed0"] == losses["adamw-lr0.002-seed0"] == float("inf")
     )

@@ -5,12 +5,13 @@ import math
 import pytest
 
 from experiments.study.arms import parse_arms
+from experiments.study.pretraining import PRETRAINING
 from experiments.study.tuning import Budget, needed
 
 
 @pytest.fixture(scope="module")
 def arm():
-    (arm,) = parse_arms(["a=--learning-rate 1"], [])
+    (arm,) = parse_arms(["a=--learning-rate 1"], [], PRETRAINING)
     return arm
 
 

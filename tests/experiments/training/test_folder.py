@@ -134,22 +134,22 @@ def test_a_full_disk_leaves_the_config_as_it_was(tmp_path, monkeypatch):
 
 def test_a_run_begins_again_only_if_it_had_hardly_begun(tmp_path):
     """Without a checkpoint: the same settings, and few rows of metrics."""
-    config = {"run": {"checkpoint_dir": None, "checkpoint_every": 2}, "seed": 0}
+    config = {"run": {"checkpoint_dir": None}, "seed": 0}
     folder = RunFolder(tmp_path / "run")
-    folder.check_restart(config)  # there is nothing yet
+    folder.check_restart(config, 2)  # there is nothing yet
     claim(folder)
     folder.write_config(config)
-    folder.check_restart(config)
+    folder.check_restart(config, 2)
     with pytest.raises(FileExistsError, match="seed: 0 there, 1 now"):
-        folder.check_restart(config | {"seed": 1})
+        folder.check_restart(config | {"seed": 1}, 2)
     elsewhere = config["run"] | {"checkpoint_dir": "gs://typo"}
     with pytest.raises(FileExistsError, match="checkpoint_dir"):
-        folder.check_restart(config | {"run": elsewhere})
+        folder.check_restart(config | {"run": elsewhere}, 2)
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
     folder.metrics.write_text("".join(lines[:4]))
-    folder.check_restart(config)
+    folder.check_restart(config, 2)
     folder.metrics.write_text("".join(lines))
     with pytest.raises(
         FileExistsError, match=r"up to step 5, but .* has no checkpoint"
     ):
-        folder.check_restart(config)
+        folder.check_restart(config, 2)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import ngalore_jax as ng
-from experiments.configs import OptimizerConfig
+from experiments.configs.optimizer import OptimizerConfig
 from experiments.training.optimizer import _PROJECTORS, build_optimizer
 from experiments.training.state import create_state
 from experiments.training.step import make_train_step, next_token_loss

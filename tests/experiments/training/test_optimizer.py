@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import ngalore_jax as ng
-from experiments.configs import DEFAULT_LEARNING_RATE, OptimizerConfig
+from experiments.configs.optimizer import DEFAULT_LEARNING_RATE, OptimizerConfig
 from experiments.training.optimizer import (
     adamw_state_bytes,
     build_optimizer,

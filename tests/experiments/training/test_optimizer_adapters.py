@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import ngalore_jax as ng
-from experiments.configs import OptimizerConfig
+from experiments.configs.optimizer import OptimizerConfig
 from experiments.presets import parse
 from experiments.training.optimizer import (
     adamw_state_bytes,

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.configs import OptimizerConfig
+from experiments.configs.optimizer import OptimizerConfig
 from experiments.models.functional import functional_llama
 from experiments.models.llama import LlamaConfig
 from experiments.models.lora import merge

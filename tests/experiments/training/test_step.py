@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.configs import OptimizerConfig
+from experiments.configs.optimizer import OptimizerConfig
 from experiments.training.mesh import batch_sharding, make_mesh
 from experiments.training.optimizer import build_optimizer, takes_explicit_axes
 from experiments.training.state import create_state, shardings_of

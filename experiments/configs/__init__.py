@@ -1,0 +1,1 @@
+"""Settings of the commands that train: frozen dataclasses that tyro reads."""

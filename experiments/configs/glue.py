@@ -1,0 +1,177 @@
+"""Settings of a fine-tuning run on a task of GLUE, and recipes by name.
+
+The docstrings are the command's ``--help``.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from experiments.configs.optimizer import Method, OptimizerConfig, OptimizerName
+from experiments.configs.run import RunConfig, TrainingConfig, check_at_least
+from experiments.data.glue import TaskName
+from experiments.models.llama_config import Dtype, Remat
+
+PROGRAM = "python -m experiments.glue"
+GluePreset = Literal["paper", "galore", "minilm"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlueRunConfig(RunConfig):
+    """How long, and where it is kept.
+
+    Attributes:
+        epochs: Times that all examples are learnt from; an evaluation and a checkpoint
+            end each. The scores are those of the best one.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlueDataConfig:
+    """What is learnt.
+
+    Attributes:
+        task: A task of GLUE; "all" makes the table of methods and tasks instead, whose
+            settings `--task all --help` shows.
+        data: Folder in GLUE's official layout, MRPC/train.tsv and so on. None: the
+            Hugging Face hub's.
+        train_examples: The first so many training examples. None: all.
+        max_length: Tokens that an example is cut to, the longer of two texts first.
+        on_bad_input: Whether a malformed row stops the run, or is skipped and counted.
+    """
+
+    task: TaskName = "mrpc"
+    data: Path | None = None
+    train_examples: int | None = None
+    max_length: int = 512
+    on_bad_input: Literal["error", "skip"] = "error"
+
+
+@dataclasses.dataclass(frozen=True)
+class GlueModelConfig:
+    """What is fine-tuned.
+
+    Attributes:
+        name: Folder with config.json, model.safetensors and tokenizer.json of a BERT
+            or RoBERTa, or its name on the Hugging Face hub.
+        dropout: Share of activations dropped while training. None: as its config says.
+        param_dtype: Format that parameters are stored in.
+        dtype: Format of activations and matrix products.
+        remat: What of each layer the backward pass recomputes, to save memory.
+    """
+
+    name: str = "FacebookAI/roberta-base"
+    dropout: float | None = None
+    param_dtype: Dtype = "float32"
+    dtype: Dtype = "float32"
+    remat: Remat = "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlueConfig(TrainingConfig):
+    """Fine-tune an encoder on a task of GLUE with a chosen optimizer.
+
+    A classification (or regression) head is put onto the first token. On RoBERTa-base
+    and MRPC from the hub, as published:
+
+    python -m experiments.glue --task mrpc --method natural_galore --rank 4
+
+    Attributes:
+        run: How long, and where it is kept.
+        data: What is learnt.
+        optimization: How it is learnt. "The matrices" are those of attention and MLP;
+            embeddings, norms, biases and head are on Adam whatever the method.
+        model: What is fine-tuned.
+        preset: A recipe: "paper" of Natural GaLore's table (arXiv 2410.16029), whose
+            learning rate is the best of 1e-5, 2e-5 and 3e-5; "galore" of GaLore's
+            script; "minilm" for a small encoder on two cores.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[GlueRunConfig]
+    data: tyro.conf.OmitArgPrefixes[GlueDataConfig]
+    model: GlueModelConfig = GlueModelConfig()
+    preset: GluePreset = "paper"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything."""
+        super().__post_init__()
+        check_at_least(1, self.run, "epochs")
+        check_at_least(8, self.data, "max_length")
+        if self.data.train_examples is not None:
+            check_at_least(1, self.data, "train_examples")
+        if self.optimization.accumulate == "subspace":
+            raise ValueError("--accumulate subspace is not for fine-tuning.")
+
+    @property
+    def name(self) -> str:
+        """Task and method."""
+        return f"glue-{self.data.task}-{self.optimization.optimizer}"
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what must be equal for one run to go on from another's state.
+
+        The fingerprints of data, tokenizer and weights are for the caller to add.
+        """
+        config = super().identity() | {"epochs": self.run.epochs}
+        del config["data"]["data"], config["data"]["on_bad_input"]
+        del config["model"]["name"]
+        return config
+
+
+def preset(name: GluePreset, method: OptimizerName) -> GlueConfig:
+    """Returns the settings of a recipe for a method."""
+    match name:
+        case "paper":
+            run, model = GlueRunConfig(epochs=3, batch_size=32), GlueModelConfig()
+            rates = {"learning_rate": 2e-5, "adam_learning_rate": None}
+        case "galore":
+            run, model = GlueRunConfig(epochs=30, batch_size=16), GlueModelConfig()
+            rates = {"learning_rate": 3e-5, "adam_learning_rate": None}
+        case "minilm":
+            run, model = GlueRunConfig(epochs=3, batch_size=32), GlueModelConfig()
+            rates = {"learning_rate": 1e-4, "adam_learning_rate": 1e-4}
+    return GlueConfig(
+        preset=name,
+        run=run,
+        model=model,
+        data=GlueDataConfig(),
+        optimization=OptimizerConfig(
+            optimizer=method,
+            others="freeze" if method == "lora" else "train",
+            warmup_fraction=0.0,
+            decay="linear",
+            final_fraction=0.0,
+            rank=4,
+            update_proj_gap=500,
+            scale=4.0,
+            **rates,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    preset: GluePreset = "paper"
+    optimizer: Method = "natural_galore"
+
+
+def parse(args: Sequence[str] | None = None) -> GlueConfig:
+    """Reads a config from command-line arguments (None: those of the process).
+
+    A mistake in them is explained on stderr and ends the process with code 2.
+    """
+    # These two set the defaults of everything else.
+    choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
+    return tyro.cli(
+        GlueConfig,
+        args=args,
+        default=preset(choice.preset, choice.optimizer),
+        prog=PROGRAM,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )

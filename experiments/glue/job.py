@@ -1,0 +1,234 @@
+"""What a run on a task of GLUE trains, and how it is judged."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+
+from experiments.assembly import make_parts
+from experiments.configs.glue import GlueConfig
+from experiments.data import glue
+from experiments.data.example_batches import (
+    Encoded,
+    TrainingExamples,
+    encode,
+    evaluation_batches,
+    load_pair_tokenizer,
+)
+from experiments.data.glue import Split, Task
+from experiments.data.hub import model_folder
+from experiments.models.encoder import functional_encoder
+from experiments.models.encoder_checkpoint import load_encoder, read_encoder_config
+from experiments.models.encoder_config import EncoderConfig
+from experiments.training import distributed
+from experiments.training.folder import RunFolder
+from experiments.training.loop import Plan
+from experiments.training.microbatches import Batch, LossFn
+from experiments.training.run import Job, Layout, reporter
+from experiments.training.step_log import Row
+
+Apply = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The examples of a task, tokenized."""
+
+    train: Encoded
+    validation: Mapping[Split, Encoded]
+    test: Mapping[Split, Encoded]
+
+
+def prepare(
+    config: GlueConfig, folder: RunFolder, layout: Layout, console: Console
+) -> Job:
+    """Reads encoder and examples, and makes what is trained on them."""
+    task, report = glue.TASKS[config.data.task], reporter(console)
+    with console.status("Reading encoder and examples", spinner="line"):
+        source = model_folder(config.model.name, report)
+        shape = encoder_config(config, source)
+        texts, facts = read_texts(config, task, source, shape, report)
+    init_params, apply = functional_encoder(
+        shape, task.outputs, config.optimization.adapter
+    )
+    batches = TrainingExamples(
+        texts.train, config.run.batch_size, config.run.seed, layout.share
+    )
+    an_epoch = batches.steps_an_epoch
+    steps = config.run.epochs * an_epoch
+    predict = make_predict(apply, layout, config.run.batch_size)
+
+    def evaluate(params: optax.Params) -> Row:
+        outputs = {
+            split: predict(params, encoded)
+            for split, encoded in texts.validation.items()
+        }
+        return judge(task, outputs, texts.validation)
+
+    def finish(params: optax.Params) -> None:
+        for split, encoded in texts.test.items():
+            outputs = predict(params, encoded)
+            if distributed.is_first():
+                glue.write_submission(folder.path / split.submission, task, outputs)
+
+    return Job(
+        parts=make_parts(
+            config, steps, init_params, example_loss(apply, task), unit="examples"
+        ),
+        plan=Plan(steps, an_epoch, an_epoch, config.run.max_skipped),
+        batches=batches,
+        evaluate=evaluate,
+        rank=lambda row: -row[f"validation_{task.metrics[0]}"],
+        fingerprints=facts,
+        data={"examples": {"train": len(texts.train.tokens), "fingerprints": facts}},
+        throughput=lambda examples, seconds: {
+            "examples_per_second": examples / seconds
+        },
+        pretrained=lambda params: load_encoder(source, shape, params),
+        finish=finish,
+    )
+
+
+def encoder_config(config: GlueConfig, folder: Path) -> EncoderConfig:
+    """Returns the shape of the encoder in a folder, with a run's settings.
+
+    Raises:
+        ValueError: It has fewer positions than examples may have tokens.
+    """
+    shape, wanted = read_encoder_config(folder), config.model
+    shape = dataclasses.replace(
+        shape,
+        dropout=shape.dropout if wanted.dropout is None else wanted.dropout,
+        param_dtype=wanted.param_dtype,
+        dtype=wanted.dtype,
+        remat=wanted.remat,
+    )
+    if config.data.max_length > shape.max_length:
+        raise ValueError(
+            f"--max-length {config.data.max_length} is more than the "
+            f"{shape.max_length} positions of {config.model.name}: give at most that."
+        )
+    return shape
+
+
+def read_texts(
+    config: GlueConfig,
+    task: Task,
+    folder: Path,
+    shape: EncoderConfig,
+    report: Callable[[str], None],
+) -> tuple[Texts, dict[str, str]]:
+    """Reads and tokenizes a task's examples.
+
+    Returns:
+        The examples, and fingerprints of them and of the encoder.
+    """
+    data = config.data
+    tokenizer = load_pair_tokenizer(folder, data.max_length)
+
+    def read(split: Split) -> Encoded:
+        examples = glue.load(
+            data.task,
+            split,
+            data.data,
+            on_bad_input=data.on_bad_input,
+            report=report,
+        )
+        if split == task.train:
+            examples = examples.first(data.train_examples)
+        return encode(tokenizer, examples, token_types=shape.token_types)
+
+    train = read(task.train)
+    validation = {split: read(split) for split in task.validation}
+    test = {split: read(split) for split in task.test}
+    facts = {
+        "train": train.fingerprint,
+        "validation": ",".join(one.fingerprint for one in validation.values()),
+        "encoder": fingerprint_of_weights(folder),
+    }
+    return Texts(train, validation, test), facts
+
+
+def example_loss(apply: Apply, task: Task) -> LossFn:
+    """Makes the loss of a task, of batches as `example_batches.collate` makes them."""
+
+    def loss_fn(params: optax.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        key = jax.random.key(jnp.sum(batch["noise"]))
+        outputs = apply(params, batch["tokens"], batch["lengths"], batch["types"], key)
+        losses = losses_of(task, outputs, batch["labels"])
+        return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
+
+    return loss_fn
+
+
+def losses_of(task: Task, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns an example's loss each: cross entropy, or the squared error of a score.
+
+    Args:
+        task: What is predicted.
+        outputs: (N, C) float32 of the model.
+        labels: (N,) numbers of classes, or scores.
+    """
+    if task.classes:
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    return jnp.square(outputs[:, 0] - labels)
+
+
+def make_predict(
+    apply: Apply, layout: Layout, batch_size: int
+) -> Callable[[optax.Params, Encoded], np.ndarray]:
+    """Compiles a function of parameters and examples that returns (N, C) outputs."""
+    everywhere = (
+        None if layout.mesh is None else NamedSharding(layout.mesh, PartitionSpec())
+    )
+    compiled = jax.jit(
+        lambda params, batch: apply(
+            params, batch["tokens"], batch["lengths"], batch["types"], None
+        ),
+        out_shardings=everywhere,
+    )
+
+    def predict(params: optax.Params, encoded: Encoded) -> np.ndarray:
+        batches = evaluation_batches(encoded, batch_size, layout.share)
+        found = [
+            (rows, compiled(params, layout.place(batch))) for rows, batch in batches
+        ]
+        order = np.concatenate([rows for rows, _ in found])
+        outputs = [np.asarray(some)[: len(rows)] for rows, some in found]
+        return np.concatenate(outputs)[np.argsort(order)]
+
+    return predict
+
+
+def judge(
+    task: Task, outputs: Mapping[Split, np.ndarray], examples: Mapping[Split, Encoded]
+) -> Row:
+    """Returns loss and scores of a model's outputs on the validation splits.
+
+    The first split's have the metrics' names; those of another one, which MNLI has,
+    are named after it.
+    """
+    row: Row = {}
+    for split, some in outputs.items():
+        labels, more = examples[split].labels, split.suffix
+        loss = jnp.mean(losses_of(task, some, labels))
+        row[f"validation_loss{more}"] = float(loss)
+        for name, score in glue.scores(task, some, labels).items():
+            row[f"validation_{name}{more}"] = score
+    return row
+
+
+def fingerprint_of_weights(folder: Path) -> str:
+    """Returns a SHA-256 of a folder's weights, in hex."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

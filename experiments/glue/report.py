@@ -1,0 +1,70 @@
+"""What a finished run on a task of GLUE has to say."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+
+import ngalore_jax as ng
+from experiments.configs.glue import PROGRAM, GlueConfig
+from experiments.data.glue import TASKS
+from experiments.training.folder import RunFolder
+from experiments.training.optimizer import adamw_state_bytes
+from experiments.training.report import Report, megabytes
+from experiments.training.state import TrainState
+
+
+def make_report(
+    config: GlueConfig,
+    folder: RunFolder,
+    state: TrainState,
+    rows: Sequence[dict[str, Any]],
+    command: str,
+) -> Report:
+    """Gathers it from a run's rows, of which one has an evaluation."""
+    task, method = TASKS[config.data.task], config.optimization.optimizer
+    score = f"validation_{task.metrics[0]}"
+    evaluated = [row for row in rows if score in row]
+    best = max(evaluated, key=lambda row: row[score])
+    ours, adamw = ng.state_bytes(state.opt_state), adamw_state_bytes(state.params)
+    seconds = sum(row["seconds"] for row in rows)
+    examples = sum(row["examples"] for row in rows)
+    words = [method, f"learning rate {config.learning_rate:g}"]
+    if method not in ("adamw", "muon"):
+        words.insert(1, f"rank {config.optimization.rank}")
+    facts = {
+        "optimizer": ", ".join(words),
+        "best epoch": f"{1 + evaluated.index(best)} of {config.run.epochs}",
+        **{
+            name.removeprefix("validation_"): f"{value:.4f}"
+            for name, value in best.items()
+            if name.startswith("validation_")
+        },
+        "parameters": f"{optax.tree.size(state.params):,}",
+        "optimizer state": megabytes(ours),
+        "AdamW's would be": f"{megabytes(adamw)} ({adamw / ours:.1f} times)",
+        "time": f"{seconds:,.0f} s ({examples / seconds:,.0f} examples/s)",
+        "test predictions": ", ".join(
+            str(folder.path / split.submission) for split in task.test
+        ),
+        "checkpoint": str(folder.checkpoints / str(best["step"])),
+    }
+    other = "adamw" if method != "adamw" else "natural_galore"
+    return Report(
+        title=f"{task.folder} with {method}",
+        facts=facts,
+        command=command,
+        next_steps=(
+            (
+                f"The same with {other}, to compare",
+                f"{PROGRAM} --task {config.data.task} --method {other}",
+            ),
+            ("The table of all tasks and methods", f"{PROGRAM} --task all"),
+        ),
+        unit="nats per example" if task.classes else "squared error",
+        scores=[
+            name.removeprefix("validation_")
+            for name in best
+            if name.startswith("validation_") and "loss" not in name
+        ],
+    )

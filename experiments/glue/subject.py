@@ -1,0 +1,107 @@
+"""Fine-tuning on GLUE as the subject of a study."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.assembly import Parts, make_parts
+from experiments.configs.glue import GlueConfig, parse, preset
+from experiments.data.glue import TASKS
+from experiments.data.hub import model_folder
+from experiments.glue.job import encoder_config, example_loss, read_texts
+from experiments.models.encoder import functional_encoder
+from experiments.study.records import Record
+from experiments.study.subject import Shared
+from experiments.training.run import reporter
+
+
+class Glue:
+    """Runs of experiments.glue, judged by the best epoch's score."""
+
+    module = "experiments.glue"
+    unit = "examples"
+
+    def parse(self, arguments: Sequence[str]) -> GlueConfig:
+        """Reads the command's arguments."""
+        return parse(arguments)
+
+    def check_comparable(self, configs: Mapping[str, GlueConfig]) -> None:
+        """Does nothing: only runs on one task are compared, and those are made so."""
+
+    def parts(self, config: GlueConfig) -> Parts:
+        """Returns what is trained, on the encoder's shape alone."""
+        task = TASKS[config.data.task]
+        folder = model_folder(config.model.name, print)
+        init_params, apply = functional_encoder(
+            encoder_config(config, folder), task.outputs, config.optimization.adapter
+        )
+        loss = example_loss(apply, task)
+        return make_parts(config, 1, init_params, loss, self.unit)
+
+    def prepare(
+        self, configs: Sequence[GlueConfig], folder: Path, console: Console
+    ) -> Shared:
+        """Reads the examples of all tasks, and the encoder, as their runs do."""
+        report = reporter(console)
+        found: dict[str, Mapping[str, str]] = {}
+        for config in configs:
+            if config.data.task in found:
+                continue
+            with console.status(f"Reading {config.data.task}", spinner="line"):
+                source = model_folder(config.model.name, report)
+                shape = encoder_config(config, source)
+                task = TASKS[config.data.task]
+                _, facts = read_texts(config, task, source, shape, report)
+            found[config.data.task] = facts
+        return Shared(found)
+
+    def fingerprints(self, config: GlueConfig, shared: Shared) -> Mapping[str, Any]:
+        """Returns those of the task's examples and of the encoder."""
+        return shared.fingerprints[config.data.task]
+
+    def fingerprints_read(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns all of them."""
+        return settings["examples"]["fingerprints"]
+
+    def defaults(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns those of the recipe for the method."""
+        method = settings["optimization"]["optimizer"]
+        return preset(settings["preset"], method).identity()
+
+    def columns(self, row: Mapping[str, Any]) -> Sequence[str]:
+        """Returns all losses and scores."""
+        return [name for name in row if name.startswith("validation_")]
+
+    def result(self, record: Record) -> float:
+        """Returns the score of the best epoch, negated: lower is better."""
+        if record.diverged is not None:
+            return math.inf
+        return -score(record)
+
+
+def score(record: Record) -> float:
+    """Returns the task's score after the best epoch."""
+    return best_scores(record)[main_metric(record)]
+
+
+def best_scores(record: Record) -> dict[str, float]:
+    """Returns all scores after the best epoch, by name."""
+    columns = {
+        name.removeprefix("validation_"): values
+        for name, values in record.curve.items()
+        if name.startswith("validation_")
+    }
+    leading = columns[main_metric(record)]
+    best = max(range(len(leading)), key=leading.__getitem__)
+    return {name: values[best] for name, values in columns.items()}
+
+
+def main_metric(record: Record) -> str:
+    """Returns the name of the score that the table has."""
+    return TASKS[record.settings["data"]["task"]].metrics[0]
+
+
+GLUE = Glue()

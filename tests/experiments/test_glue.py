@@ -1,0 +1,187 @@
+"""The command: a random RoBERTa in hub layout, fine-tuned on made-up examples."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from experiments import kill_test
+from experiments.configs.glue import parse
+from experiments.glue import __main__ as command
+from experiments.training.folder import RunFolder
+from tests.experiments import small_encoder
+from tests.experiments.glue_files import write_task
+
+EPOCHS, COUNT = 4, 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_encoder.write_encoder(
+        tmp_path_factory.mktemp("hub") / "roberta", "roberta", classes=None
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glue")
+    for task in ("mrpc", "sst2", "stsb", "mnli"):
+        write_task(folder, task, COUNT)
+    return folder
+
+
+def arguments(model, data, run_dir, task="sst2", *more):
+    given = (
+        f"--epochs {EPOCHS} --batch-size 8 --max-length 16 --keep-checkpoints 4 "
+        "--learning-rate 1e-2 --adam-learning-rate 2e-2 --update-proj-gap 4 "
+        "--scale 1 --history 3"
+    )
+    paths = {"--model.name": model, "--data": data, "--run-dir": run_dir}
+    words = [str(word) for pair in paths.items() for word in pair]
+    return ["--task", task, *words, *given.split(), *more]
+
+
+def rows(run_dir):
+    return kill_test.rows(RunFolder(run_dir))
+
+
+def load(run_dir, step):
+    """The state in a checkpoint, as nested dictionaries."""
+    with ocp.CheckpointManager((run_dir / "checkpoints").resolve()) as manager:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return manager.restore(step, args=items)["state"]
+
+
+@pytest.fixture(scope="module")
+def straight(model, data, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "straight"
+    assert command.main(arguments(model, data, run_dir)) == 0
+    return run_dir
+
+
+def test_a_run_learns_and_leaves_all_that_explains_it(straight):
+    table = rows(straight)
+    assert len(table) == EPOCHS * COUNT // 8
+    assert table[0]["examples"] == 8
+    evaluated = [row for row in table if "validation_accuracy" in row]
+    assert [row["step"] for row in evaluated] == [5, 10, 15, 20]
+    assert max(row["validation_accuracy"] for row in evaluated) > 0.9
+    assert evaluated[-1]["validation_loss"] < evaluated[0]["validation_loss"] - 0.01
+    config = json.loads((straight / "config.json").read_text())
+    assert config["examples"]["train"] == COUNT
+    report = (straight / "report.md").read_text()
+    for part in ("| accuracy | ", "of 4 |", "natural_galore, rank 4", "loss.png"):
+        assert part in report
+
+
+def test_predictions_on_the_test_split_are_the_best_epoch_s(straight):
+    """Whose score is known, for the made-up splits are the same."""
+    lines = (straight / "SST-2.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    right = [int(line.split("\t")[1]) == n % 2 for n, line in enumerate(lines[1:])]
+    scores = [row.get("validation_accuracy", 0) for row in rows(straight)]
+    assert len(right) == COUNT and np.mean(right) == max(scores)
+
+
+def test_a_run_that_is_resumed_ends_as_the_undisturbed_one(
+    straight, model, data, tmp_path
+):
+    """After an epoch: the same order, dropout and optimizer state."""
+    run_dir = tmp_path / "cut"
+    shutil.copytree(straight, run_dir)
+    for step in (10, 15, 20):
+        shutil.rmtree(run_dir / "checkpoints" / str(step))
+    (run_dir / "SST-2.tsv").unlink()
+    assert command.main(arguments(model, data, run_dir, "sst2", "--resume")) == 0
+    assert rows(run_dir) == rows(straight)
+    jax.tree.map(np.testing.assert_array_equal, load(run_dir, 20), load(straight, 20))
+    assert (run_dir / "SST-2.tsv").exists()
+    other = ("--resume", "--epochs", "5")
+    assert command.main(arguments(model, data, run_dir, "sst2", *other)) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "names"),
+    [
+        ("mrpc", "lora", {"f1", "accuracy"}),
+        ("stsb", "galore", {"pearson", "spearman"}),
+        (
+            "mnli",
+            "adamw",
+            {"accuracy", "accuracy_mismatched", "loss_mismatched"},
+        ),
+    ],
+)
+def test_tasks_and_methods_by_name(task, method, names, model, data, tmp_path):
+    more = ("--method", method, "--epochs", "1")
+    assert command.main(arguments(model, data, tmp_path / "run", task, *more)) == 0
+    last = rows(tmp_path / "run")[-1]
+    found = {n.removeprefix("validation_") for n in last if n.startswith("validation_")}
+    assert found == names | {"loss"}
+    if task == "mnli":
+        assert (tmp_path / "run" / "MNLI-mm.tsv").exists()
+
+
+def test_lora_trains_factors_and_head_alone(model, data, tmp_path):
+    config = parse(arguments(model, data, tmp_path, "sst2", "--method", "lora"))
+    assert config.optimization.others == "freeze"
+    run_dir = tmp_path / "run"
+    more = ("--method", "lora", "--epochs", "1")
+    assert command.main(arguments(model, data, run_dir, "sst2", *more)) == 0
+    after = load(run_dir, 5)["params"]
+    before = load_file(model / "model.safetensors")
+    np.testing.assert_array_equal(
+        after["embed_tokens"]["embedding"], before["embeddings.word_embeddings.weight"]
+    )
+    query = after["layers"]["attention"]["q_proj"]
+    np.testing.assert_array_equal(
+        query["kernel"][0], before["encoder.layer.0.attention.self.query.weight"].T
+    )
+    np.testing.assert_array_equal(
+        query["bias"][1], before["encoder.layer.1.attention.self.query.bias"]
+    )
+    assert np.abs(query["lora_b"]).max() > 0
+    assert np.abs(after["head"]["out_proj"]["bias"]).max() > 0
+
+
+def test_a_mesh_learns_the_same(straight, model, data, tmp_path):
+    run_dir = tmp_path / "mesh"
+    more = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    assert command.main(arguments(model, data, run_dir, "sst2", *more)) == 0
+    for ours, theirs in zip(rows(run_dir), rows(straight), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2, abs=2e-3)
+    assert (run_dir / "SST-2.tsv").read_text() == (straight / "SST-2.tsv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--max-length", "39"), "--max-length 39 is more than the 38 positions"),
+        (("--model.name", "no/such/folder"), "is no folder .*OWNER/MODEL"),
+        (("--data", "nowhere"), "SST-2/train.tsv is missing"),
+        (("--rank", "17"), "rank"),
+    ],
+)
+def test_mistakes_are_explained(more, message, model, data, tmp_path, capsys):
+    with_more = arguments(model, data, tmp_path / "run", "sst2", *more)
+    assert command.main(with_more) == 1
+    assert_said(capsys, message)
+
+
+def test_weights_that_lack_a_tensor_name_it(model, data, tmp_path, capsys):
+    broken = small_encoder.write_encoder(tmp_path / "model", "roberta", classes=None)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["encoder.layer.1.output.dense.bias"]
+    save_file(tensors, broken / "model.safetensors")
+    assert command.main(arguments(broken, data, tmp_path / "run")) == 1
+    assert_said(capsys, "no tensor 'encoder.layer.1.output.dense.bias'")
+
+
+def assert_said(capsys, message):
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and re.search(message, error), error
