@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,29 @@ def test_the_best_checkpoint_is_kept_besides_also_over_a_resume(tmp_path):
     assert steps_saved(tmp_path) == [4, 6, 8]
     run(tmp_path, steps=12, every=2, keep=2, losses={10: 5.0, 12: 0.5}, resume=True)
     assert steps_saved(tmp_path) == [10, 12]
+
+
+def test_the_best_checkpoint_is_found_again(tmp_path):
+    losses = {2: 3.0, 4: 1.0, 6: math.nan, 8: 2.0}
+    run(tmp_path, steps=8, every=2, keep=8, losses=losses)
+    with checkpointer(tmp_path) as saved:
+        best = saved.best(initial_state())
+    assert int(best.step) == 4
+    np.testing.assert_array_equal(
+        best.params["w"], run(tmp_path / "short", steps=4).state.params["w"]
+    )
+    truncate(tmp_path / "checkpoints" / "4")
+    with (
+        checkpointer(tmp_path) as saved,
+        pytest.raises(ResumeError, match="4, the best checkpoint, cannot be read"),
+    ):
+        saved.best(initial_state())
+    run(tmp_path / "unranked", steps=2)
+    with (
+        checkpointer(tmp_path / "unranked") as saved,
+        pytest.raises(ResumeError, match=r"no checkpoint .* has been evaluated"),
+    ):
+        saved.best(initial_state())
 
 
 def test_a_checkpoint_holds_the_state_as_it_was_when_saved(tmp_path):

@@ -1,5 +1,6 @@
 """The choice of an optimizer: same leaves, same rest, each method as it says."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -259,6 +260,46 @@ def test_adamw_bytes_are_twice_the_parameters_and_need_no_arrays():
     abstract = jax.eval_shape(lambda: params)
     size = ng.state_bytes(params)
     assert 2 * size < adamw_state_bytes(abstract) <= 2 * size + 8
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1])
+def test_a_linear_schedule_falls_by_as_much_every_step(warmup):
+    config = OptimizerConfig(
+        warmup_fraction=warmup, decay="linear", final_fraction=0.25
+    )
+    schedule = learning_rate_schedule(config, 1.0, 100)
+    rates = [float(schedule(step)) for step in range(101)]
+    first = round(100 * warmup)
+    assert rates[first] == pytest.approx(1) and rates[100] == pytest.approx(0.25)
+    np.testing.assert_allclose(np.diff(rates[first:]), -0.75 / (100 - first), rtol=1e-3)
+    assert rates[0] > 0
+
+
+def test_others_can_stay_as_they_are_but_for_the_head():
+    config = config_of("adamw", others="freeze")
+    updates = third_updates(config)
+    trained = third_updates(config_of("adamw"))
+    for name in ("embed_tokens", "norm"):
+        assert not any(jax.tree.leaves(jax.tree.map(jnp.any, updates[name])))
+    chex.assert_trees_all_close(updates["lm_head"], trained["lm_head"], rtol=1e-6)
+    kernel = updates["layers"]["attention"]
+    chex.assert_trees_all_close(kernel, trained["layers"]["attention"], rtol=1e-6)
+    assert not jnp.any(updates["layers"]["input_norm"]["scale"])
+    params = {"head": {"dense": {"kernel": 0.0, "bias": 0.0}}, "norm": {"bias": 0.0}}
+    labels = matrix_labels(params, "freeze")
+    assert labels == {
+        "head": {"dense": {"kernel": "other", "bias": "other"}},
+        "norm": {"bias": "frozen"},
+    }
+
+
+def test_without_a_rate_of_its_own_adam_takes_the_matrices():
+    config = dataclasses.replace(config_of("adamw"), adam_learning_rate=None)
+    updates = third_updates(config)
+    expected = third_updates(
+        dataclasses.replace(config_of("adamw"), adam_learning_rate=1e-2)
+    )
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
 def test_schedule_rises_and_falls_to_its_end():
