@@ -98,9 +98,9 @@ def _text(value: Any) -> str:
 
 def _table(panels: Sequence[Panel]) -> list[str]:
     lines = [
-        "| setting | value | loss at the end | lowest to highest | state "
+        "| setting | value | loss at the end | seeds | lowest to highest | state "
         "| of matrices | a run |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for panel in panels:
         for value, summary in panel.results.items():
@@ -108,7 +108,8 @@ def _table(panels: Sequence[Panel]) -> list[str]:
             state = summary.records[0].state_bytes
             lines.append(
                 f"| {panel.setting} | {mark}{_text(value)}{mark} "
-                f"| {loss(summary.final.median)} | {low_to_high(summary.final)} "
+                f"| {loss(summary.final.median)} | {len(summary.records)} "
+                f"| {low_to_high(summary.final)} "
                 f"| {megabytes(state['all'])} | {megabytes(state['matrices'])} "
                 f"| {summary.seconds:,.0f} s |"
             )

@@ -34,9 +34,9 @@ def test_each_value_runs_once_at_the_rate_that_is_held(command, runs, tmp_path):
     assert len(runs.started) == 8
     page = (tmp_path / "here" / "sensitivity.md").read_text()
     # 3 + 1 for the rate + 0.1 / rank + 1 / 4 steps, and 0.01 for seed 1.
-    assert "| rank | 1 | 4.3550 | 4.3500 to 4.3600 |" in page
-    assert "| rank | **2** | 4.3050 | 4.3000 to 4.3100 |" in page
-    assert "| rank | 8 | 4.2675 | 4.2625 to 4.2725 |" in page
+    assert "| rank | 1 | 4.3550 | 2 | 4.3500 to 4.3600 |" in page
+    assert "| rank | **2** | 4.3050 | 2 | 4.3000 to 4.3100 |" in page
+    assert "| rank | 8 | 4.2675 | 2 | 4.2625 to 4.2725 |" in page
     assert page.index("| rank | 1 |") < page.index("| rank | **2** |")
     assert "| damping | **0.001** | 4.3050 |" in page and "| damping | 0.1 |" in page
     assert "Learning rate 0.008, held for all" in page
