@@ -43,7 +43,8 @@ class GlueDataConfig:
             Hugging Face hub's.
         train_examples: The first so many training examples. None: all.
         max_length: Tokens that an example is cut to, the longer of two texts first.
-        on_bad_input: Whether a malformed row stops the run, or is skipped and counted.
+        on_bad_input: Whether a malformed row of the training examples stops the run, or
+            is skipped and counted.
     """
 
     task: TaskName = "mrpc"
@@ -88,9 +89,10 @@ class GlueConfig(TrainingConfig):
         optimization: How it is learnt. "The matrices" are those of attention and MLP;
             embeddings, norms, biases and head are on Adam whatever the method.
         model: What is fine-tuned.
-        preset: A recipe: "paper" of Natural GaLore's table (arXiv 2410.16029), whose
-            learning rate is the best of 1e-5, 2e-5 and 3e-5; "galore" of GaLore's
-            script; "minilm" for a small encoder on two cores.
+        mesh: Devices to spread over.
+        preset: A recipe: "paper" of Natural GaLore's table (arXiv 2410.16029), at the
+            middle one of its learning rates, 1e-5, 2e-5 and 3e-5, which the table
+            tries; "galore" of GaLore's script; "minilm" for MiniLM on two cores.
     """
 
     run: tyro.conf.OmitArgPrefixes[GlueRunConfig]
@@ -107,6 +109,11 @@ class GlueConfig(TrainingConfig):
             check_at_least(1, self.data, "train_examples")
         if self.optimization.accumulate == "subspace":
             raise ValueError("--accumulate subspace is not for fine-tuning.")
+        if self.optimization.optimizer == "low_rank":
+            raise ValueError(
+                "low_rank has no kernels that pretrained weights could be loaded into: "
+                "lora keeps them beside its factors."
+            )
 
     @property
     def name(self) -> str:
@@ -134,7 +141,8 @@ def preset(name: GluePreset, method: OptimizerName) -> GlueConfig:
             run, model = GlueRunConfig(epochs=30, batch_size=16), GlueModelConfig()
             rates = {"learning_rate": 3e-5, "adam_learning_rate": None}
         case "minilm":
-            run, model = GlueRunConfig(epochs=3, batch_size=32), GlueModelConfig()
+            run = GlueRunConfig(epochs=3, batch_size=32)
+            model = GlueModelConfig(name="sentence-transformers/all-MiniLM-L6-v2")
             rates = {"learning_rate": 1e-4, "adam_learning_rate": 1e-4}
     return GlueConfig(
         preset=name,

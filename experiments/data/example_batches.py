@@ -1,6 +1,7 @@
 """Labelled texts to batches: tokenized, alike in length, padded to few lengths.
 
-A batch is padded to one of `BUCKETS`, so that no more programs than these are compiled.
+A batch is padded to one of `BUCKETS` or to the longest that an example may be, so that
+no more programs than these are compiled.
 """
 
 import hashlib
@@ -30,11 +31,13 @@ class Encoded:
       tokens: Numbers of each example's tokens, special ones included, int32 ``(T,)``.
       types: Which text each of them is of, 0 or 1, likewise.
       labels: As of `Examples`.
+      max_length: Tokens of an example, at most.
     """
 
     tokens: list[np.ndarray]
     types: list[np.ndarray]
     labels: np.ndarray | None
+    max_length: int
 
     @property
     def lengths(self) -> np.ndarray:
@@ -80,19 +83,19 @@ def encode(
     """Tokenizes examples, special tokens added.
 
     Args:
-      tokenizer: From `load_pair_tokenizer`.
+      tokenizer: From `load_pair_tokenizer`, which cuts.
       examples: Of one text each, or of two.
       token_types: Of the model; with 1 the second text is not told from the first.
     """
     texts = [t if len(t) > 1 else t[0] for t in examples.texts]
-    found = tokenizer.encode_batch(texts)
+    found = tokenizer.encode_batch_fast(texts)
+    tokens = [np.array(one.ids, np.int32) for one in found]
+    types = [np.array(one.type_ids, np.int32) for one in found]
     return Encoded(
-        [np.array(one.ids, np.int32) for one in found],
-        [
-            np.minimum(np.array(one.type_ids, np.int32), token_types - 1)
-            for one in found
-        ],
+        tokens,
+        [np.minimum(one, token_types - 1) for one in types],
         examples.labels,
+        tokenizer.truncation["max_length"],
     )
 
 
@@ -187,7 +190,8 @@ def collate(encoded: Encoded, rows: np.ndarray, batch_size: int) -> Batch:
     ``weights`` ``(B,)`` float32, and ``labels`` ``(B,)`` where they are told.
     """
     longest = max(len(encoded.tokens[row]) for row in rows)
-    width = next((size for size in BUCKETS if size >= longest), longest)
+    most = encoded.max_length
+    width = next((size for size in BUCKETS if longest <= size <= most), most)
     tokens = np.zeros((batch_size, width), np.int32)
     types = np.zeros_like(tokens)
     lengths = np.ones(batch_size, np.int32)  # attention needs something to look at

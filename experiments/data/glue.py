@@ -13,10 +13,12 @@ from typing import Literal
 
 import numpy as np
 
+from experiments.data.hub import dataset_split
 from experiments.data.text_files import OnBadInput, TextError
 
 TaskName = Literal["cola", "stsb", "mrpc", "rte", "sst2", "mnli", "qnli", "qqp"]
 _HUB = "nyu-mll/glue"
+_REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,15 +186,16 @@ def load(
       name: Of the task.
       split: Of its `train`, `validation` or `test`. Those of `test` have no labels.
       folder: In the official layout: of all tasks, or with this one's files in it.
-      on_bad_input: Whether a malformed row of a file is an error, or skipped.
-      report: Takes a line for the user on what was skipped.
+      on_bad_input: Whether a malformed row of a file to train on is an error, or
+        skipped. Elsewhere it is an error: scores and predictions are of all rows.
+      report: Takes lines for the user, on what was skipped or has to wait.
 
     Raises:
       TextError: A file is missing or empty, or a row is malformed; it says which. Or
         the hub cannot be reached.
     """
     if folder is None:
-        return _from_hub(name, split)
+        return _from_hub(name, split, report)
     return _from_folder(folder, TASKS[name], split, on_bad_input, report)
 
 
@@ -219,6 +222,8 @@ def _from_folder(
         ) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TextError(f"{path} cannot be read: {error}.") from error
+    if bad and split != task.train:
+        raise TextError(f"{bad[0]} Mend it: scores and predictions are of all rows.")
     if bad and on_bad_input == "error":
         raise TextError(f"{bad[0]} Mend it, or give --on-bad-input skip.")
     if bad:
@@ -277,19 +282,10 @@ def _label(text: str, task: Task) -> float:
     return score
 
 
-def _from_hub(name: TaskName, split: Split) -> Examples:
-    import datasets
-
-    task = TASKS[name]
-    try:
-        rows = datasets.load_dataset(_HUB, name, split=split.hub)
-    except (OSError, ValueError) as error:
-        raise TextError(
-            f"{_HUB} ({name}, {split.hub}) cannot be read from the hub: {error}. Check "
-            "the network, or give --data FOLDER with GLUE's official layout."
-        ) from error
+def _from_hub(name: TaskName, split: Split, report: Callable[[str], None]) -> Examples:
+    task, told = TASKS[name], split not in TASKS[name].test
+    rows = dataset_split(_HUB, _REVISION, name, split.hub, report)
     texts = list(zip(*(rows[column] for column in task.hub_columns), strict=True))
-    told = split not in task.test
     return Examples(texts, _numbers(rows["label"], task) if told else None)
 
 
@@ -315,6 +311,7 @@ def write_submission(path: Path, task: Task, outputs: np.ndarray) -> None:
     else:
         predictions = [f"{score:.3f}" for score in np.clip(outputs[:, 0], 0, 5)]
     lines = [f"{index}\t{label}" for index, label in enumerate(predictions)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(["index\tprediction", *lines]) + "\n", "utf-8")
 
 

@@ -1,10 +1,13 @@
-"""The Hugging Face hub: where C4 lies, T5's tokenizer, and what to do when it fails."""
+"""The Hugging Face hub: C4, T5's tokenizer, models, and what to do when it fails."""
 
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import datasets
 
 from experiments.data.text_files import TextError
 
@@ -54,6 +57,41 @@ def t5_tokenizer(report: Report, patience: float) -> Path:
             return Path(path)
         except network_errors() as error:
             retries.wait_or_raise(error)
+
+
+def dataset_split(
+    repository: str,
+    revision: str,
+    name: str,
+    split: str,
+    report: Report,
+    patience: float = 60,
+) -> "datasets.Dataset":
+    """Return a split of a dataset, kept in the library's own cache.
+
+    Args:
+      repository: On the hub.
+      revision: Commit of it.
+      name: Of the dataset within it.
+      split: Name of the split.
+      report: Takes a line for the user before each wait.
+      patience: Seconds to go on trying.
+
+    Raises:
+      TextError: It is not in that cache, and the hub cannot be reached.
+    """
+    import datasets
+
+    quiet_hub()
+    retries = Retries(f"hf://datasets/{repository}", report, patience)
+    broken = (*network_errors(), datasets.exceptions.DatasetsError)
+    while True:
+        try:
+            return datasets.load_dataset(
+                repository, name, split=split, revision=revision
+            )
+        except broken as error:
+            retries.wait_or_raise(error, f" ({name}, {split})")
 
 
 def model_folder(name: str, report: Report, patience: float = 60) -> Path:

@@ -27,6 +27,7 @@ from experiments.data.hub import model_folder
 from experiments.models.encoder import functional_encoder
 from experiments.models.encoder_checkpoint import load_encoder, read_encoder_config
 from experiments.models.encoder_config import EncoderConfig
+from experiments.models.huggingface import CONFIG
 from experiments.training import distributed
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Plan
@@ -35,6 +36,7 @@ from experiments.training.run import Job, Layout, reporter
 from experiments.training.step_log import Row
 
 Apply = Callable[..., jax.Array]
+_INPUTS = ("tokens", "lengths", "types")  # of a batch, to the encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,8 @@ def prepare(
         for split, encoded in texts.test.items():
             outputs = predict(params, encoded)
             if distributed.is_first():
-                glue.write_submission(folder.path / split.submission, task, outputs)
+                path = folder.predictions / split.submission
+                glue.write_submission(path, task, outputs)
 
     return Job(
         parts=make_parts(
@@ -100,7 +103,8 @@ def encoder_config(config: GlueConfig, folder: Path) -> EncoderConfig:
     """Returns the shape of the encoder in a folder, with a run's settings.
 
     Raises:
-        ValueError: It has fewer positions than examples may have tokens.
+        ValueError: It has fewer positions than examples may have tokens, or heads that
+            the mesh does not divide.
     """
     shape, wanted = read_encoder_config(folder), config.model
     shape = dataclasses.replace(
@@ -114,6 +118,11 @@ def encoder_config(config: GlueConfig, folder: Path) -> EncoderConfig:
         raise ValueError(
             f"--max-length {config.data.max_length} is more than the "
             f"{shape.max_length} positions of {config.model.name}: give at most that."
+        )
+    if shape.num_heads % config.mesh.tensor:
+        raise ValueError(
+            f"--mesh.tensor {config.mesh.tensor} must divide the {shape.num_heads} "
+            f"heads of {config.model.name}."
         )
     return shape
 
@@ -151,7 +160,7 @@ def read_texts(
     facts = {
         "train": train.fingerprint,
         "validation": ",".join(one.fingerprint for one in validation.values()),
-        "encoder": fingerprint_of_weights(folder),
+        "encoder": fingerprint_of_model(folder),
     }
     return Texts(train, validation, test), facts
 
@@ -161,7 +170,7 @@ def example_loss(apply: Apply, task: Task) -> LossFn:
 
     def loss_fn(params: optax.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         key = jax.random.key(jnp.sum(batch["noise"]))
-        outputs = apply(params, batch["tokens"], batch["lengths"], batch["types"], key)
+        outputs = apply(params, **{name: batch[name] for name in _INPUTS}, key=key)
         losses = losses_of(task, outputs, batch["labels"])
         return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
 
@@ -189,20 +198,21 @@ def make_predict(
         None if layout.mesh is None else NamedSharding(layout.mesh, PartitionSpec())
     )
     compiled = jax.jit(
-        lambda params, batch: apply(
-            params, batch["tokens"], batch["lengths"], batch["types"], None
-        ),
+        lambda params, inputs: apply(params, **inputs, key=None),
         out_shardings=everywhere,
     )
 
+    def outputs(params: optax.Params, batch: Batch) -> jax.Array:
+        # Labels, which test batches lack, would make it another program.
+        inputs = {name: batch[name] for name in _INPUTS}
+        return compiled(params, layout.place(inputs))
+
     def predict(params: optax.Params, encoded: Encoded) -> np.ndarray:
         batches = evaluation_batches(encoded, batch_size, layout.share)
-        found = [
-            (rows, compiled(params, layout.place(batch))) for rows, batch in batches
-        ]
+        found = [(rows, outputs(params, batch)) for rows, batch in batches]
         order = np.concatenate([rows for rows, _ in found])
-        outputs = [np.asarray(some)[: len(rows)] for rows, some in found]
-        return np.concatenate(outputs)[np.argsort(order)]
+        kept = [np.asarray(some)[: len(rows)] for rows, some in found]
+        return np.concatenate(kept)[np.argsort(order)]
 
     return predict
 
@@ -225,10 +235,10 @@ def judge(
     return row
 
 
-def fingerprint_of_weights(folder: Path) -> str:
-    """Returns a SHA-256 of a folder's weights, in hex."""
+def fingerprint_of_model(folder: Path) -> str:
+    """Returns a SHA-256 of a folder's config and weights, in hex."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in [folder / CONFIG, *sorted(folder.glob("*.safetensors"))]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -1,13 +1,16 @@
 """What a finished run on a task of GLUE has to say."""
 
+import math
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import optax
 
 import ngalore_jax as ng
-from experiments.configs.glue import PROGRAM, GlueConfig
+from experiments.configs.glue import GlueConfig
 from experiments.data.glue import TASKS
+from experiments.glue.subject import best_epoch
 from experiments.training.folder import RunFolder
 from experiments.training.optimizer import adamw_state_bytes
 from experiments.training.report import Report, megabytes
@@ -25,7 +28,13 @@ def make_report(
     task, method = TASKS[config.data.task], config.optimization.optimizer
     score = f"validation_{task.metrics[0]}"
     evaluated = [row for row in rows if score in row]
-    best = max(evaluated, key=lambda row: row[score])
+    at = best_epoch([row[score] for row in evaluated])
+    best = evaluated[at]
+    found = {
+        name.removeprefix("validation_"): value
+        for name, value in best.items()
+        if name.startswith("validation_")
+    }
     ours, adamw = ng.state_bytes(state.opt_state), adamw_state_bytes(state.params)
     seconds = sum(row["seconds"] for row in rows)
     examples = sum(row["examples"] for row in rows)
@@ -34,22 +43,27 @@ def make_report(
         words.insert(1, f"rank {config.optimization.rank}")
     facts = {
         "optimizer": ", ".join(words),
-        "best epoch": f"{1 + evaluated.index(best)} of {config.run.epochs}",
+        "best epoch": f"{1 + at} of {config.run.epochs}",
         **{
-            name.removeprefix("validation_"): f"{value:.4f}"
-            for name, value in best.items()
-            if name.startswith("validation_")
+            # Null in JSON where it was not finite.
+            name: f"{math.nan if value is None else value:.4f}"
+            for name, value in found.items()
         },
         "parameters": f"{optax.tree.size(state.params):,}",
         "optimizer state": megabytes(ours),
         "AdamW's would be": f"{megabytes(adamw)} ({adamw / ours:.1f} times)",
         "time": f"{seconds:,.0f} s ({examples / seconds:,.0f} examples/s)",
         "test predictions": ", ".join(
-            str(folder.path / split.submission) for split in task.test
+            str(folder.predictions / split.submission) for split in task.test
         ),
         "checkpoint": str(folder.checkpoints / str(best["step"])),
     }
     other = "adamw" if method != "adamw" else "natural_galore"
+    program, *_ = command.partition(" --")
+    here = ["--preset", config.preset, "--model.name", config.model.name]
+    if config.data.data is not None:
+        here += ["--data", str(config.data.data)]
+    given = shlex.join(here)
     return Report(
         title=f"{task.folder} with {method}",
         facts=facts,
@@ -57,14 +71,10 @@ def make_report(
         next_steps=(
             (
                 f"The same with {other}, to compare",
-                f"{PROGRAM} --task {config.data.task} --method {other}",
+                f"{program} --task {config.data.task} --method {other} {given}",
             ),
-            ("The table of all tasks and methods", f"{PROGRAM} --task all"),
+            ("The table of all tasks and methods", f"{program} --task all {given}"),
         ),
         unit="nats per example" if task.classes else "squared error",
-        scores=[
-            name.removeprefix("validation_")
-            for name in best
-            if name.startswith("validation_") and "loss" not in name
-        ],
+        scores=[name for name in found if "loss" not in name],
     )

@@ -15,6 +15,7 @@ from experiments.glue.job import encoder_config, example_loss, read_texts
 from experiments.models.encoder import functional_encoder
 from experiments.study.records import Record
 from experiments.study.subject import Shared
+from experiments.training.record import compare
 from experiments.training.run import reporter
 
 
@@ -29,7 +30,18 @@ class Glue:
         return parse(arguments)
 
     def check_comparable(self, configs: Mapping[str, GlueConfig]) -> None:
-        """Does nothing: only runs on one task are compared, and those are made so."""
+        """Refuses arms on one task that learn other examples, or from another encoder.
+
+        Raises:
+            ValueError: One does.
+        """
+        first, *others = configs
+        for name in others:
+            if differences := compare(_given(configs[first]), _given(configs[name])):
+                raise ValueError(
+                    f"{name} is not trained on what {first} is "
+                    f"({'; '.join(differences)}): give data and model to all alike."
+                )
 
     def parts(self, config: GlueConfig) -> Parts:
         """Returns what is trained, on the encoder's shape alone."""
@@ -79,11 +91,20 @@ class Glue:
         """Returns the score of the best epoch, negated: lower is better."""
         if record.diverged is not None:
             return math.inf
-        return -score(record)
+        found = score(record)
+        return math.inf if found is None else -found
+
+    def shown(self, record: Record) -> str:
+        """Returns the score of the best epoch, in per cent."""
+        return f"{-100 * self.result(record):.2f}"
 
 
-def score(record: Record) -> float:
-    """Returns the task's score after the best epoch."""
+def _given(config: GlueConfig) -> dict[str, Any]:
+    return config.as_dict()["data"] | {"model.name": config.model.name}
+
+
+def score(record: Record) -> float | None:
+    """Returns the task's score after the best epoch; None if none was finite."""
     return best_scores(record)[main_metric(record)]
 
 
@@ -94,9 +115,16 @@ def best_scores(record: Record) -> dict[str, float]:
         for name, values in record.curve.items()
         if name.startswith("validation_")
     }
-    leading = columns[main_metric(record)]
-    best = max(range(len(leading)), key=leading.__getitem__)
+    best = best_epoch(columns[main_metric(record)])
     return {name: values[best] for name, values in columns.items()}
+
+
+def best_epoch(scores: Sequence[float | None]) -> int:
+    """Returns the place of the highest score; None, which was not finite, is lowest."""
+    return max(
+        range(len(scores)),
+        key=lambda at: -math.inf if scores[at] is None else scores[at],
+    )
 
 
 def main_metric(record: Record) -> str:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.data.glue import TASKS
-from experiments.glue.subject import GLUE, best_scores, main_metric, score
+from experiments.glue.subject import GLUE, best_scores, main_metric
 from experiments.glue.table_config import METHODS
 from experiments.study.plots import looks
 from experiments.study.records import Record, Records
@@ -42,8 +42,8 @@ class Cell:
     def scores(self) -> list[float]:
         """The task's score of each seed, in per cent; 0 where a run diverged."""
         return [
-            0.0 if record.diverged is not None else 100 * score(record)
-            for record in self.records
+            0.0 if math.isinf(result) else -100 * result
+            for result in map(GLUE.result, self.records)
         ]
 
     @property
@@ -54,7 +54,7 @@ class Cell:
     @property
     def others(self) -> dict[str, float]:
         """Medians of the other scores, of the same epochs, in per cent."""
-        good = [record for record in self.records if record.diverged is None]
+        good = [one for one in self.records if math.isfinite(GLUE.result(one))]
         found = [best_scores(record) for record in good]
         names = [name for name in (found[0] if found else {}) if "loss" not in name]
         return {
@@ -204,7 +204,7 @@ def _cell(arm: str, records: Records) -> Cell | None:
     tried = {run.learning_rate: x for run, x in results.items() if run.seed == first}
     if not tried:
         return None
-    rate = min(tried, key=tried.__getitem__)
+    rate = min(tried, key=lambda rate: (tried[rate], rate))
     at_best = [run for run in results if run.learning_rate == rate]
     at_best.sort(key=lambda run: run.seed)
     chosen = tuple(records.runs[run] for run in at_best)
@@ -229,7 +229,7 @@ def _other_scores(rows: Sequence[Row], tasks: Sequence[str]) -> str:
     for task in tasks:
         cells = {row.name: row.cells.get(task) for row in rows}
         others = {name: cell.others for name, cell in cells.items() if cell}
-        for metric in next(iter(others.values())):
+        for metric in dict.fromkeys(name for some in others.values() for name in some):
             found = [
                 f"{name} {some[metric]:.2f}"
                 for name, some in others.items()
@@ -273,7 +273,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     config = tyro.cli(_Folder, args=args, prog=PROGRAM)
     try:
-        records = Records.read(config.folder / "study.json")
+        records = Records.read(config.folder / "study.json", {"glue"})
         show(records, Console(highlight=False))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

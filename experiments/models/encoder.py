@@ -13,9 +13,9 @@ As of the Llama, the layers are one module whose parameters are stacked::
     head/out_proj/{kernel,bias}                       (D, C), (C,)
 
 The head is RoBERTa's for classification; with BERT its dense layer is what BERT calls
-the pooler, which is pretrained. :mod:`experiments.models.huggingface` knows the names
-of all of these in a checkpoint. Shape suffixes: B batch, T position, D hidden, H heads,
-K head width, F feed-forward width, L layers, C classes.
+the pooler, which is pretrained. :mod:`experiments.models.encoder_checkpoint` knows the
+names of all of these in a checkpoint. Shape suffixes: B batch, T position, D hidden,
+H heads, K head width, F feed-forward width, L layers, C classes.
 
 References:
   Devlin et al., BERT (arXiv 1810.04805); Liu et al., RoBERTa (arXiv 1907.11692).
@@ -251,7 +251,7 @@ class Encoder(nnx.Module):
 def functional_encoder(
     config: EncoderConfig, classes: int, adapter: Adapter | None = None
 ) -> tuple[Callable[[jax.Array], optax.Params], Callable[..., jax.Array]]:
-    """Returns `key -> params` and `params, tokens, lengths, types, key -> scores`.
+    """Returns `key -> params` and `params, tokens, lengths, types, key=None -> scores`.
 
     Parameters are nested dictionaries of arrays; the rest is as of `Encoder.__call__`.
     """
@@ -264,8 +264,14 @@ def functional_encoder(
     def init_params(key: jax.Array) -> optax.Params:
         return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
 
-    def apply(params: optax.Params, *inputs: jax.Array | None) -> jax.Array:
-        return nnx.merge(graphdef, params)(*inputs)
+    def apply(
+        params: optax.Params,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        types: jax.Array,
+        key: _Key = None,
+    ) -> jax.Array:
+        return nnx.merge(graphdef, params)(tokens, lengths, types, key)
 
     return init_params, apply
 

@@ -135,10 +135,19 @@ class EncoderConfig:
         missing = [name for name in _NAMES if name not in facts]
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}")
+        rates = {
+            facts[name]
+            for name in (
+                "hidden_dropout_prob",
+                "attention_probs_dropout_prob",
+                "classifier_dropout",
+            )
+            if facts.get(name) is not None
+        }
+        if len(rates) > 1:
+            raise ValueError(f"it has more than one rate of dropout, {sorted(rates)}")
         sizes = {ours: facts[theirs] for theirs, ours in _NAMES.items()}
-        return cls(
-            family=family, dropout=facts.get("hidden_dropout_prob", 0.1), **sizes
-        )
+        return cls(family=family, dropout=rates.pop() if rates else 0.1, **sizes)
 
     def to_hugging_face(self) -> dict[str, Any]:
         """Returns the config.json that transformers reads."""

@@ -133,6 +133,6 @@ class Conductor:
         self.records.add(record)
         delete_checkpoints(path)
         progress.show(*self._counts())
-        result = abs(self.subject.result(record))
-        found = f"{result:.4f}" if record.diverged is None else "diverged"
+        diverged = record.diverged is not None
+        found = "diverged" if diverged else self.subject.shown(record)
         progress.ended(run.name, found, seconds)

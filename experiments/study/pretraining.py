@@ -95,6 +95,10 @@ class Pretraining:
         """Returns the loss at the end."""
         return record.final_loss
 
+    def shown(self, record: Record) -> str:
+        """Returns the loss at the end."""
+        return f"{record.final_loss:.4f}"
+
 
 def _text(config: PretrainConfig) -> dict[str, Any]:
     facts = config.as_dict()

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,7 +65,8 @@ class Records:
 
     Attributes:
         path: The file, study.json.
-        kind: "study", or "sensitivity" of a method's settings.
+        kind: "study", "sensitivity" of a method's settings, or "glue" for the table of
+            fine-tuning.
         seeds: The first one is that of the tuning.
         commands: Command lines that have made or added runs.
         runs: What each run has left.
@@ -87,8 +88,8 @@ class Records:
         self.runs = {record.run: record for record in runs}
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Reads a file.
+    def read(cls, path: Path, kinds: Container[str] | None = None) -> Self:
+        """Reads a file; one of these kinds, if any are named.
 
         Raises:
             FileNotFoundError: It is not there.
@@ -106,12 +107,15 @@ class Records:
             runs = [_parse(fields) for fields in facts.pop("runs")]
             if unknown := {record.run.seed for record in runs} - {*facts["seeds"]}:
                 raise ValueError(f"seeds lacks {min(unknown)}, which a run has")
-            return cls(path, **facts, runs=runs)
+            read = cls(path, **facts, runs=runs)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{path} is no study.json of this version ({type(error).__name__}: "
                 f"{error}): mend it, or give the study another --study-dir."
             ) from error
+        if kinds is not None and read.kind not in kinds:
+            raise ValueError(f"{path} is of another kind: {read.kind}.")
+        return read
 
     def results(self, subject: Subject) -> dict[Run, float]:
         """Result of every run; infinite if it diverged."""

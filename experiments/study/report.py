@@ -19,6 +19,7 @@ from experiments.study.summary import summarize
 from experiments.study.table import study_markdown
 
 PROGRAM = "python -m experiments.study.report"
+_KINDS = ("study", "sensitivity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,9 @@ def main(args: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         for folder in config.folders:
-            show_report(Records.read(folder / "study.json"), console)
+            show_report(
+                Records.read(folder / "study.json", {"study", "sensitivity"}), console
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

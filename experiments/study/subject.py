@@ -80,3 +80,7 @@ class Subject(Protocol):
     def result(self, record: "Record") -> float:
         """Returns what a run is worth: lower is better, infinite if it diverged."""
         ...
+
+    def shown(self, record: "Record") -> str:
+        """Returns the same in words, of a run that did not diverge."""
+        ...

@@ -66,7 +66,8 @@ def needed(arm: Arm, budget: Budget, results: Mapping[Run, float]) -> list[Run]:
         factors = sorted([*factors, beyond])
     # Rates of an earlier command count, too.
     tried = [run for run in results if run.arm == arm.name and run.seed == first]
-    best = min(tried, key=results.__getitem__)
+    # Scores of few examples tie: not the run that ended first then, but the lower rate.
+    best = min(tried, key=lambda run: (results[run], run.learning_rate))
     if math.isinf(results[best]):
         return tries
     return [*tries, *(dataclasses.replace(best, seed=seed) for seed in others)]

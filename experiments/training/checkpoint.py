@@ -289,7 +289,7 @@ class Checkpointer:
                 record = self._reader.record(step)
             except DamagedError:
                 continue  # `restore` reports it
-            self._best.add(step, record["rank"])
+            self._best.add(step, record.get("rank"))
 
     def _set_aside(self, damaged: Mapping[int, str]) -> None:
         for step, why in damaged.items():

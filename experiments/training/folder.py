@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "report.md"
 
     @property
+    def predictions(self) -> Path:
+        """Folder of what the best checkpoint says on test examples."""
+        return self.path / "predictions"
+
+    @property
     def tokenizer(self) -> Path:
         """Where a tokenizer that the run trains is kept."""
         return self.path / "tokenizer.json"
@@ -152,7 +157,8 @@ class RunFolder:
             if config.get("run", {}).get("checkpoint_dir") == self.checkpoint_dir:
                 self._delete_checkpoints()
             # The tokenizer stays: it is a cache that knows what text it was made from.
-            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            for folder in (self.path / "tensorboard", self.predictions):
+                shutil.rmtree(folder, ignore_errors=True)
             for name in _FILES:
                 (self.path / name).unlink(missing_ok=True)
 

@@ -130,7 +130,7 @@ def restart(scale: float, module: Module, step: Module, key: jax.Array) -> Modul
 
     Args:
         scale: Factor on `A B`.
-        module: `kernel`, `lora_a` and `lora_b`.
+        module: `kernel`, `lora_a` and `lora_b`; what else it has stays as it is.
         step: The factors' update.
         key: For the new A.
     """
@@ -140,7 +140,7 @@ def restart(scale: float, module: Module, step: Module, key: jax.Array) -> Modul
     if not jax.typeof(a).sharding.mesh.empty:
         fresh = jax.sharding.reshard(fresh, jax.typeof(a).sharding)
     change = weight_change(stepped, scale).astype(module["kernel"].dtype)
-    return {"kernel": change, "lora_a": fresh - a, "lora_b": -b}
+    return _zeros(module) | {"kernel": change, "lora_a": fresh - a, "lora_b": -b}
 
 
 def jagged(schedule: optax.Schedule, gap: int, warmup: int) -> optax.Schedule:
@@ -161,7 +161,12 @@ def jagged(schedule: optax.Schedule, gap: int, warmup: int) -> optax.Schedule:
 
 
 def _go_on(module: Module, step: Module, _: jax.Array) -> Module:
-    return step | {"kernel": jnp.zeros_like(module["kernel"])}
+    return _zeros(module) | step
+
+
+def _zeros(module: Module) -> Module:
+    """Updates of nothing: also of a bias, which may be masked and then stays so."""
+    return jax.tree.map(jnp.zeros_like, module)
 
 
 def _factors(tree: optax.Params) -> optax.Params:

@@ -99,12 +99,9 @@ def write_encoder(
         tokenizers.models.WordLevel(vocabulary, unk_token=unknown)
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    second = f"{end}:1" if family == "bert" else f"{end} {end}"
-    pair = (
-        f"{start} $A {end} $B:1 {second}"
-        if family == "bert"
-        else f"{start} $A {end} {end} $B {end}"
-    )
+    between = "$B:1" if family == "bert" else f"{end} $B"
+    last = f"{end}:1" if family == "bert" else end
+    pair = f"{start} $A {end} {between} {last}"
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{start} $A {end}",
         pair=pair,

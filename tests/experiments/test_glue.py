@@ -17,7 +17,9 @@ from experiments.training.folder import RunFolder
 from tests.experiments import small_encoder
 from tests.experiments.glue_files import write_task
 
-EPOCHS, COUNT = 4, 40
+EPOCHS, COUNT, AN_EPOCH = 6, 42, 6  # the last batch is not full
+
+SUBMISSION = "predictions/SST-2.tsv"
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,8 @@ def data(tmp_path_factory):
 
 def arguments(model, data, run_dir, task="sst2", *more):
     given = (
-        f"--epochs {EPOCHS} --batch-size 8 --max-length 16 --keep-checkpoints 4 "
-        "--learning-rate 1e-2 --adam-learning-rate 2e-2 --update-proj-gap 4 "
+        f"--epochs {EPOCHS} --batch-size 8 --max-length 16 --keep-checkpoints 6 "
+        "--learning-rate 1e-2 --adam-learning-rate 1e-2 --update-proj-gap 4 "
         "--scale 1 --history 3"
     )
     paths = {"--model.name": model, "--data": data, "--run-dir": run_dir}
@@ -66,22 +68,22 @@ def straight(model, data, tmp_path_factory):
 
 def test_a_run_learns_and_leaves_all_that_explains_it(straight):
     table = rows(straight)
-    assert len(table) == EPOCHS * COUNT // 8
-    assert table[0]["examples"] == 8
+    assert len(table) == EPOCHS * AN_EPOCH
+    assert sum(row["examples"] for row in table) == EPOCHS * COUNT
     evaluated = [row for row in table if "validation_accuracy" in row]
-    assert [row["step"] for row in evaluated] == [5, 10, 15, 20]
+    assert [row["step"] for row in evaluated] == [6, 12, 18, 24, 30, 36]
     assert max(row["validation_accuracy"] for row in evaluated) > 0.9
     assert evaluated[-1]["validation_loss"] < evaluated[0]["validation_loss"] - 0.01
     config = json.loads((straight / "config.json").read_text())
     assert config["examples"]["train"] == COUNT
     report = (straight / "report.md").read_text()
-    for part in ("| accuracy | ", "of 4 |", "natural_galore, rank 4", "loss.png"):
+    for part in ("| accuracy | ", "of 6 |", "natural_galore, rank 4", "loss.png"):
         assert part in report
 
 
 def test_predictions_on_the_test_split_are_the_best_epoch_s(straight):
     """Whose score is known, for the made-up splits are the same."""
-    lines = (straight / "SST-2.tsv").read_text().splitlines()
+    lines = (straight / SUBMISSION).read_text().splitlines()
     assert lines[0] == "index\tprediction"
     right = [int(line.split("\t")[1]) == n % 2 for n, line in enumerate(lines[1:])]
     scores = [row.get("validation_accuracy", 0) for row in rows(straight)]
@@ -94,21 +96,21 @@ def test_a_run_that_is_resumed_ends_as_the_undisturbed_one(
     """After an epoch: the same order, dropout and optimizer state."""
     run_dir = tmp_path / "cut"
     shutil.copytree(straight, run_dir)
-    for step in (10, 15, 20):
+    for step in (12, 18, 24, 30, 36):
         shutil.rmtree(run_dir / "checkpoints" / str(step))
-    (run_dir / "SST-2.tsv").unlink()
+    (run_dir / SUBMISSION).unlink()
     assert command.main(arguments(model, data, run_dir, "sst2", "--resume")) == 0
     assert rows(run_dir) == rows(straight)
-    jax.tree.map(np.testing.assert_array_equal, load(run_dir, 20), load(straight, 20))
-    assert (run_dir / "SST-2.tsv").exists()
-    other = ("--resume", "--epochs", "5")
+    jax.tree.map(np.testing.assert_array_equal, load(run_dir, 36), load(straight, 36))
+    assert (run_dir / SUBMISSION).exists()
+    other = ("--resume", "--epochs", "7")
     assert command.main(arguments(model, data, run_dir, "sst2", *other)) == 1
 
 
 @pytest.mark.parametrize(
     ("task", "method", "names"),
     [
-        ("mrpc", "lora", {"f1", "accuracy"}),
+        ("mrpc", "relora", {"f1", "accuracy"}),
         ("stsb", "galore", {"pearson", "spearman"}),
         (
             "mnli",
@@ -124,7 +126,7 @@ def test_tasks_and_methods_by_name(task, method, names, model, data, tmp_path):
     found = {n.removeprefix("validation_") for n in last if n.startswith("validation_")}
     assert found == names | {"loss"}
     if task == "mnli":
-        assert (tmp_path / "run" / "MNLI-mm.tsv").exists()
+        assert (tmp_path / "run" / "predictions" / "MNLI-mm.tsv").exists()
 
 
 def test_lora_trains_factors_and_head_alone(model, data, tmp_path):
@@ -133,7 +135,7 @@ def test_lora_trains_factors_and_head_alone(model, data, tmp_path):
     run_dir = tmp_path / "run"
     more = ("--method", "lora", "--epochs", "1")
     assert command.main(arguments(model, data, run_dir, "sst2", *more)) == 0
-    after = load(run_dir, 5)["params"]
+    after = load(run_dir, AN_EPOCH)["params"]
     before = load_file(model / "model.safetensors")
     np.testing.assert_array_equal(
         after["embed_tokens"]["embedding"], before["embeddings.word_embeddings.weight"]
@@ -155,7 +157,7 @@ def test_a_mesh_learns_the_same(straight, model, data, tmp_path):
     assert command.main(arguments(model, data, run_dir, "sst2", *more)) == 0
     for ours, theirs in zip(rows(run_dir), rows(straight), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2, abs=2e-3)
-    assert (run_dir / "SST-2.tsv").read_text() == (straight / "SST-2.tsv").read_text()
+    assert (run_dir / SUBMISSION).read_text() == (straight / SUBMISSION).read_text()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,11 @@ def test_a_mesh_learns_the_same(straight, model, data, tmp_path):
         (("--max-length", "39"), "--max-length 39 is more than the 38 positions"),
         (("--model.name", "no/such/folder"), "is no folder .*OWNER/MODEL"),
         (("--data", "nowhere"), "SST-2/train.tsv is missing"),
-        (("--rank", "17"), "rank"),
+        (("--rank", "17"), "rank=17"),
+        (
+            ("--mesh.tensor", "8", "--mesh.data", "1"),
+            "tensor 8 must divide the 4 heads",
+        ),
     ],
 )
 def test_mistakes_are_explained(more, message, model, data, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 from experiments.configs.glue import parse
 from experiments.glue import __main__ as command
 from experiments.glue import table
+from experiments.study import report
 from experiments.study.processes import Processes
 from experiments.study.records import Records
 from experiments.training.folder import RunFolder
@@ -25,12 +26,14 @@ class FakeRuns:
     Attributes:
         started: Names of the runs, in order.
         breaks: Part of the name of runs whose loss is not finite.
+        flat: Whether all rates are as good.
     """
 
     def __init__(self, glue) -> None:
         self.glue = glue
         self.started: list[str] = []
         self.breaks = None
+        self.flat = False
 
     def __call__(self, arguments, log) -> int:
         config = parse(arguments)
@@ -47,7 +50,8 @@ class FakeRuns:
             return 1
         rate, seed = config.learning_rate, config.run.seed
         best = 2e-5 if config.optimization.optimizer == "adamw" else 3e-5
-        top = 0.9 - 0.1 * abs(math.log(rate / best)) + 0.01 * seed
+        far = 0.0 if self.flat else abs(math.log(rate / best))
+        top = 0.9 - 0.1 * far + 0.01 * seed
         rows = [
             {
                 "step": 10 * epoch,
@@ -68,7 +72,6 @@ class FakeRuns:
 
 class _Quiet:
     def status(self, *args, **more):
-
         return contextlib.nullcontext()
 
 
@@ -161,6 +164,32 @@ def test_other_data_than_the_records_is_refused(make, tmp_path, capsys):
     write_task(tmp_path / "data", "sst2", 10)
     assert make("--tasks", "sst2") == 1
     assert "fingerprints.train" in capsys.readouterr().err
+
+
+def test_a_tie_goes_to_the_lower_rate(make, runs, tmp_path):
+    runs.flat = True
+    assert make("--tasks", "sst2", "--extensions", "0") == 0
+    seeds = [name for name in runs.started if "seed1" in name]
+    assert set(seeds) == {f"sst2-{m}-lr1e-05-seed1" for m in ("full", "lora_r2")}
+    path = tmp_path / "table" / "study.json"
+    records = Records.read(path)
+    records.runs = dict(reversed(records.runs.items()))
+    cells = [row.cells["sst2"] for row in table.rows_of(records)]
+    assert [len(cell.records) for cell in cells] == [2, 2]
+
+
+def test_methods_on_other_data_or_models_are_no_comparison(make, capsys):
+    assert make("--tasks", "sst2", "--methods", "a=--rank 2", "b=--task mrpc") == 1
+    assert "sst2-b" not in (said := capsys.readouterr().err)
+    assert "b is not trained on what a is (task: 'sst2' there, 'mrpc' now)" in said
+    assert make("--methods", "a=--rank 2", "b=--train-examples 4") == 1
+    assert "train_examples: None there, 4 now" in capsys.readouterr().err
+
+
+def test_a_study_of_another_kind_is_not_reported(make, tmp_path, capsys):
+    assert make("--tasks", "sst2") == 0
+    assert report.main([str(tmp_path / "table")]) == 1
+    assert "is of another kind: glue" in capsys.readouterr().err
 
 
 def test_the_fingerprint_of_a_task_is_of_its_examples_and_weights(tmp_path):

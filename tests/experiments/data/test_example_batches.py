@@ -27,6 +27,7 @@ def encoded():
         [np.full(length, n, np.int32) for n, length in enumerate(lengths)],
         [np.arange(length, dtype=np.int32) % 2 for length in lengths],
         np.arange(COUNT, dtype=np.int32),
+        max_length=70,
     )
 
 
@@ -57,7 +58,7 @@ def test_every_example_is_there_once_an_epoch_in_another_order(encoded):
 
 def test_a_batch_holds_its_examples_padded_to_a_bucket(encoded):
     for batch in take(TrainingExamples(encoded, BATCH, seed=0), 12):
-        assert batch["tokens"].shape[1] in BUCKETS
+        assert batch["tokens"].shape[1] in (*BUCKETS, 70)
         for row in range(BATCH):
             n, length = batch["labels"][row], batch["lengths"][row]
             if not batch["weights"][row]:
@@ -72,6 +73,7 @@ def test_a_batch_holds_its_examples_padded_to_a_bucket(encoded):
     epoch = take(TrainingExamples(encoded, BATCH, seed=0), 6)
     widths = {batch["tokens"].shape[1] for batch in epoch}
     assert len(widths) > 2  # a batch's examples are alike in length
+    assert max(widths) == 70  # no bucket is above what the model has positions for
 
 
 def test_a_position_is_gone_back_to_and_shares_make_the_whole(encoded):

@@ -83,28 +83,53 @@ def test_files_that_are_not_there_or_hold_nothing_are_named(tmp_path):
         load("rte", task.train, tmp_path)
 
 
-def test_the_hub_s_columns_and_labels_are_those_of_the_files(monkeypatch):
+HUB_COLUMNS = {
+    "cola": ["sentence"],
+    "sst2": ["sentence"],
+    "stsb": ["sentence1", "sentence2"],
+    "mrpc": ["sentence1", "sentence2"],
+    "qqp": ["question1", "question2"],
+    "rte": ["sentence1", "sentence2"],
+    "qnli": ["question", "sentence"],
+    "mnli": ["premise", "hypothesis"],
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_hub_s_columns_and_labels_are_those_of_the_files(name, monkeypatch):
     asked = []
 
-    def load_dataset(repository, name, split):
-        asked.append((repository, name, split))
-        rows = {"premise": ["p"], "hypothesis": ["h"], "label": [2], "idx": [0]}
-        return datasets.Dataset.from_dict(rows)
+    def load_dataset(repository, task, split, revision):
+        asked.append((repository, task, split, len(revision)))
+        texts = {column: [column] for column in HUB_COLUMNS[name]}
+        return datasets.Dataset.from_dict(texts | {"label": [1], "idx": [0]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    task = TASKS["mnli"]
-    examples = load("mnli", task.validation[1], None)
-    assert asked == [("nyu-mll/glue", "mnli", "validation_mismatched")]
-    assert examples.texts == [("p", "h")]
-    assert task.classes[examples.labels[0]] == "contradiction"
-    assert load("mnli", task.test[0], None).labels is None
+    task = TASKS[name]
+    examples = load(name, task.validation[-1], None)
+    assert asked == [("nyu-mll/glue", name, task.validation[-1].hub, 40)]
+    assert examples.texts == [tuple(HUB_COLUMNS[name])]
+    assert examples.labels == [1]
+    assert load(name, task.test[0], None).labels is None
 
+
+def test_a_hub_that_fails_is_explained(monkeypatch):
     def fail(*args, **more):
-        raise ConnectionError("no route")
+        raise PermissionError("not yours")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(TextError, match=r"no route.*give --data FOLDER"):
-        load("mnli", task.train, None)
+    with pytest.raises(TextError, match=r"hf://datasets/nyu-mll/glue \(rte, train\): "):
+        load("rte", TASKS["rte"].train, None)
+
+
+def test_a_row_that_is_scored_or_predicted_is_never_left_out(tmp_path):
+    write_task(tmp_path, "rte", 2)
+    for file in ("dev.tsv", "test.tsv"):
+        with (tmp_path / "RTE" / file).open("a") as lines:
+            lines.write("cut\n")
+    for split in (*TASKS["rte"].validation, *TASKS["rte"].test):
+        with pytest.raises(TextError, match=r"line 4: 1 columns.*of all rows"):
+            load("rte", split, tmp_path, "skip")
 
 
 def outputs(predicted, classes=2):

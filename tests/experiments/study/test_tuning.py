@@ -15,6 +15,13 @@ def arm():
     return arm
 
 
+def test_a_tie_goes_to_the_lower_rate_whatever_ended_first(arm):
+    budget = Budget((0.5, 1.0, 2.0), 0, (0, 1))
+    for factors in ((0.5, 1.0, 2.0), (2.0, 1.0, 0.5)):
+        results = {arm.run(factor, 0): 3.0 for factor in factors}
+        assert needed(arm, budget, results)[-1] == arm.run(0.5, 1)
+
+
 def rates(runs, seed=0) -> list[float]:
     return [run.learning_rate for run in runs if run.seed == seed]
 

@@ -1,0 +1,146 @@
+"""What a run on GLUE trains: losses, dropout, recipes, methods."""
+
+from typing import get_args
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.configs.glue import parse
+from experiments.configs.optimizer import OptimizerName
+from experiments.data.batches import Share
+from experiments.data.example_batches import Encoded, collate
+from experiments.data.glue import TASKS
+from experiments.data.hub import model_folder
+from experiments.data.text_files import TextError
+from experiments.glue.job import example_loss, losses_of, make_predict
+from experiments.glue.subject import GLUE
+from experiments.models.encoder import functional_encoder
+from experiments.models.encoder_checkpoint import read_encoder_config
+from experiments.training.run import Layout
+from tests.experiments import small_encoder
+
+
+def test_losses_by_hand():
+    outputs = jnp.array([[0.0, 0.0], [3.0, 1.0]])
+    found = losses_of(TASKS["rte"], outputs, np.array([1, 0]))
+    np.testing.assert_allclose(found, [np.log(2), np.log1p(np.exp(-2))], rtol=1e-6)
+    found = losses_of(TASKS["stsb"], outputs[:, :1], np.array([2.0, 1.0]))
+    np.testing.assert_allclose(found, [4, 4])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return small_encoder.write_encoder(folder, "roberta", classes=None)
+
+
+@pytest.fixture(scope="module")
+def encoder(model):
+    init_params, apply = functional_encoder(read_encoder_config(model), 2)
+    return jax.jit(init_params)(jax.random.key(0)), apply
+
+
+ENCODED = Encoded(
+    [np.arange(4, 4 + length, dtype=np.int32) for length in (5, 9, 3)],
+    [np.zeros(length, np.int32) for length in (5, 9, 3)],
+    np.array([0, 1, 1], np.int32),
+    max_length=16,
+)
+
+
+def test_noise_draws_the_dropout_of_training_and_padding_rows_do_not_count(encoder):
+    params, apply = encoder
+    loss = jax.jit(example_loss(apply, TASKS["rte"]))
+    batch = collate(ENCODED, np.arange(3), 4)
+
+    def at(noise, **changed):
+        noisy = {"noise": np.full(4, noise, np.uint32)}
+        return [float(x) for x in loss(params, batch | noisy | changed)]
+
+    assert at(1) == at(1) != at(2)
+    assert at(1)[1] == 3
+    other = batch["labels"].copy()
+    other[3] = 1 - other[3]  # of the row that fills up the batch
+    assert at(1, labels=other) == at(1)
+
+
+def test_predictions_are_without_dropout_in_the_order_of_the_examples(encoder):
+    params, apply = encoder
+    layout = Layout(jax.device_put, Share(), None)
+    found = make_predict(apply, layout, 2)(params, ENCODED)
+    for row, tokens in enumerate(ENCODED.tokens):
+        one = tokens[None], np.array([len(tokens)]), np.zeros_like(tokens)[None]
+        expected = jax.jit(apply)(params, *one, None)
+        np.testing.assert_allclose(found[row], expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*get_args(OptimizerName)])
+def test_every_method_takes_a_step_on_an_encoder(name, model):
+    given = ["--method", name, "--model.name", str(model), "--max-length", "16"]
+    if name == "low_rank":
+        with pytest.raises(ValueError, match="low_rank has no kernels"):
+            parse(given)
+        return
+    parts = GLUE.parts(parse([*given, "--rank", "2"]))
+
+    def step(key):
+        params = parts.init_params(key)
+        state = parts.optimizer.init(params)
+        updates, after = parts.optimizer.update(params, state, params)
+        return optax.apply_updates(params, updates), params, after, state
+
+    new, params, after, state = jax.eval_shape(step, jax.random.key(0))
+    assert new == params and after == state
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "rate"), [("paper", (3, 32), 2e-5), ("galore", (30, 16), 3e-5)]
+)
+def test_the_published_recipes(name, run, rate):
+    config = parse(["--preset", name, "--method", "natural_galore"])
+    assert (config.run.epochs, config.run.batch_size) == run
+    assert config.data.max_length == 512
+    given = config.optimization
+    assert (given.scale, given.update_proj_gap, given.rank) == (4, 500, 4)
+    assert (given.decay, given.warmup_fraction, given.final_fraction) == (
+        "linear",
+        0,
+        0,
+    )
+    assert config.learning_rate == rate
+    assert config.as_dict()["optimization"]["adam_learning_rate"] == rate
+    assert given.weight_decay == 0 and given.residual is None
+    assert config.model.name == "FacebookAI/roberta-base"
+
+
+def test_a_model_is_a_folder_or_the_hub_s(model, monkeypatch):
+    assert model_folder(str(model), print) == model
+    with pytest.raises(TextError, match=r"is no folder .*OWNER/MODEL"):
+        model_folder("no/such/folder", print)
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if len(asked) == 1:
+            raise ConnectionError("not yet")
+        return str(model)
+
+    said = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert model_folder("FacebookAI/roberta-base", said.append) == model
+    assert len(asked) == 2 and "hf://FacebookAI/roberta-base" in said[0]
+    name, files = asked[0]
+    assert name == "FacebookAI/roberta-base"
+    assert not any("bin" in pattern or ".py" in pattern for pattern in files)
+
+    def refuse(name, allow_patterns):
+        raise PermissionError("gated")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(TextError, match=r"hf://FacebookAI/roberta-base: .*gated"):
+        model_folder("FacebookAI/roberta-base", print)
