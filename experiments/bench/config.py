@@ -13,7 +13,7 @@ import tyro
 from experiments.bench.shapes import Layout
 from experiments.configs.optimizer import OptimizerName
 from experiments.configs.pretrain import PresetName, PretrainConfig
-from experiments.models.llama_config import Dtype
+from experiments.models.formats import Dtype
 from experiments.presets import parse
 
 Part = Literal[

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ngalore_jax as ng
 from experiments.bench.optimizers import Peer
 from experiments.bench.shapes import sides
-from experiments.models.llama_config import Dtype
+from experiments.models.formats import Dtype
 
 _STREAM_ELEMENTS = 1 << 25  # 128 MiB in float32: more than caches hold
 _PRODUCT_SIDE = 2048

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from experiments.models.formats import Dtype
 from experiments.models.functional import functional_llama
-from experiments.models.llama_config import Dtype, LlamaConfig
+from experiments.models.llama_config import LlamaConfig
 
 Layout = Literal["list", "stacked"]
 Shapes = Any  # nested dictionaries and lists of jax.ShapeDtypeStruct

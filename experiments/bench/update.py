@@ -24,7 +24,7 @@ from experiments.bench.shapes import (
 )
 from experiments.bench.timing import Candidate, Timings, interleaved
 from experiments.bench.torch_galore import NOTE, TorchUpdates
-from experiments.models.llama_config import Dtype
+from experiments.models.formats import Dtype
 
 REFERENCE: PeerName = "optax_galore"
 _ALONE = "alone"

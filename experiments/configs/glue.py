@@ -1,21 +1,18 @@
-"""Settings of a fine-tuning run on a task of GLUE, and recipes by name.
+"""Settings of a fine-tuning run on a task of GLUE.
 
-The docstrings are the command's ``--help``.
+The docstrings are the command's ``--help``. `experiments.glue.presets` fills them in.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from experiments.configs.optimizer import Method, OptimizerConfig, OptimizerName
 from experiments.configs.run import RunConfig, TrainingConfig, check_at_least
 from experiments.data.glue import TaskName
-from experiments.models.llama_config import Dtype, Remat
+from experiments.models.formats import Dtype, Remat
 
-PROGRAM = "python -m experiments.glue"
 GluePreset = Literal["paper", "galore", "minilm"]
 
 
@@ -129,57 +126,3 @@ class GlueConfig(TrainingConfig):
         del config["data"]["data"], config["data"]["on_bad_input"]
         del config["model"]["name"]
         return config
-
-
-def preset(name: GluePreset, method: OptimizerName) -> GlueConfig:
-    """Returns the settings of a recipe for a method."""
-    match name:
-        case "paper":
-            run, model = GlueRunConfig(epochs=3, batch_size=32), GlueModelConfig()
-            rates = {"learning_rate": 2e-5, "adam_learning_rate": None}
-        case "galore":
-            run, model = GlueRunConfig(epochs=30, batch_size=16), GlueModelConfig()
-            rates = {"learning_rate": 3e-5, "adam_learning_rate": None}
-        case "minilm":
-            run = GlueRunConfig(epochs=3, batch_size=32)
-            model = GlueModelConfig(name="sentence-transformers/all-MiniLM-L6-v2")
-            rates = {"learning_rate": 1e-4, "adam_learning_rate": 1e-4}
-    return GlueConfig(
-        preset=name,
-        run=run,
-        model=model,
-        data=GlueDataConfig(),
-        optimization=OptimizerConfig(
-            optimizer=method,
-            others="freeze" if method == "lora" else "train",
-            warmup_fraction=0.0,
-            decay="linear",
-            final_fraction=0.0,
-            rank=4,
-            update_proj_gap=500,
-            scale=4.0,
-            **rates,
-        ),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    preset: GluePreset = "paper"
-    optimizer: Method = "natural_galore"
-
-
-def parse(args: Sequence[str] | None = None) -> GlueConfig:
-    """Reads a config from command-line arguments (None: those of the process).
-
-    A mistake in them is explained on stderr and ends the process with code 2.
-    """
-    # These two set the defaults of everything else.
-    choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
-    return tyro.cli(
-        GlueConfig,
-        args=args,
-        default=preset(choice.preset, choice.optimizer),
-        prog=PROGRAM,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )

@@ -15,8 +15,8 @@ import tyro
 from rich.console import Console
 
 from experiments.command import Command
-from experiments.configs.glue import parse
 from experiments.glue.job import prepare
+from experiments.glue.presets import parse
 from experiments.glue.report import make_report
 from experiments.glue.subject import GLUE
 from experiments.glue.table import show

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from experiments.assembly import make_parts
@@ -24,8 +24,13 @@ from experiments.data.example_batches import (
 )
 from experiments.data.glue import Split, Task
 from experiments.data.hub import model_folder
+from experiments.models import lora
 from experiments.models.encoder import functional_encoder
-from experiments.models.encoder_checkpoint import load_encoder, read_encoder_config
+from experiments.models.encoder_checkpoint import (
+    load_encoder,
+    read_encoder_config,
+    save_encoder,
+)
 from experiments.models.encoder_config import EncoderConfig
 from experiments.models.huggingface import CONFIG
 from experiments.training import distributed
@@ -67,6 +72,10 @@ def prepare(
     steps = config.run.epochs * an_epoch
     predict = make_predict(apply, layout, config.run.batch_size)
 
+    def merge(params: optax.Params) -> optax.Params:
+        adapter = config.optimization.adapter
+        return params if adapter is None else lora.merge(params, adapter.scale)
+
     def evaluate(params: optax.Params) -> Row:
         outputs = {
             split: predict(params, encoded)
@@ -75,6 +84,10 @@ def prepare(
         return judge(task, outputs, texts.validation)
 
     def finish(params: optax.Params) -> None:
+        merged = jax.jit(merge, out_shardings=layout.whole)(params)
+        if distributed.is_first():
+            save_encoder(folder.model, shape, merged)
+            shutil.copy(source / "tokenizer.json", folder.model)
         for split, encoded in texts.test.items():
             outputs = predict(params, encoded)
             if distributed.is_first():
@@ -194,12 +207,9 @@ def make_predict(
     apply: Apply, layout: Layout, batch_size: int
 ) -> Callable[[optax.Params, Encoded], np.ndarray]:
     """Compiles a function of parameters and examples that returns (N, C) outputs."""
-    everywhere = (
-        None if layout.mesh is None else NamedSharding(layout.mesh, PartitionSpec())
-    )
     compiled = jax.jit(
         lambda params, inputs: apply(params, **inputs, key=None),
-        out_shardings=everywhere,
+        out_shardings=layout.whole,
     )
 
     def outputs(params: optax.Params, batch: Batch) -> jax.Array:

@@ -56,6 +56,7 @@ def make_report(
         "test predictions": ", ".join(
             str(folder.predictions / split.submission) for split in task.test
         ),
+        "model": str(folder.model),
         "checkpoint": str(folder.checkpoints / str(best["step"])),
     }
     other = "adamw" if method != "adamw" else "natural_galore"

@@ -8,10 +8,11 @@ from typing import Any
 from rich.console import Console
 
 from experiments.assembly import Parts, make_parts
-from experiments.configs.glue import GlueConfig, parse, preset
+from experiments.configs.glue import GlueConfig
 from experiments.data.glue import TASKS
 from experiments.data.hub import model_folder
 from experiments.glue.job import encoder_config, example_loss, read_texts
+from experiments.glue.presets import parse, preset
 from experiments.models.encoder import functional_encoder
 from experiments.study.records import Record
 from experiments.study.subject import Shared

@@ -7,8 +7,9 @@ from typing import Literal
 
 import tyro
 
-from experiments.configs.glue import PROGRAM, GluePreset
+from experiments.configs.glue import GluePreset
 from experiments.data.glue import TASKS, TaskName
+from experiments.glue.presets import PROGRAM
 from experiments.glue.subject import GLUE
 from experiments.study.arms import Arm, parse_arms
 from experiments.study.config import CORES

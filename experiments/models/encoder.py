@@ -30,8 +30,9 @@ import optax
 from flax import nnx
 
 from experiments.models import placement
+from experiments.models.embedding import Embedding
 from experiments.models.encoder_config import EncoderConfig
-from experiments.models.llama import REMAT_POLICIES, Embedding
+from experiments.models.formats import REMAT_POLICIES
 from experiments.models.lora import Adapter
 from experiments.models.projection import Projection
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from experiments.models.llama_config import Dtype, Remat
+from experiments.models.formats import Dtype, Remat
 
 Family = Literal["bert", "roberta"]
 Activation = Literal["gelu", "gelu_new", "relu"]

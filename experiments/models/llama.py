@@ -35,16 +35,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models import placement
+from experiments.models.embedding import Embedding
+from experiments.models.formats import REMAT_POLICIES
 from experiments.models.llama_config import PRESETS, LlamaConfig
 from experiments.models.lora import Adapter
-from experiments.models.projection import Formats, Projection, normal
+from experiments.models.projection import Projection
 
 __all__ = ["PRESETS", "Llama", "LlamaConfig", "parameter_count"]
-
-REMAT_POLICIES = {
-    "layer": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class Attention(nnx.Module):
@@ -129,28 +126,6 @@ class Layer(nnx.Module):
         x_BxTxD = x_BxTxD + self.attention(h_BxTxD, angles_TxK2, allowed_Bx1xTxT)
         h_BxTxD = self.post_attention_norm(x_BxTxD).astype(dtype)
         return placement.pin_positions(x_BxTxD + self.mlp(h_BxTxD))
-
-
-class Embedding(nnx.Module):
-    """Token embedding, also the output layer when tied."""
-
-    def __init__(
-        self, name: str, shape: tuple[int, int], config: Formats, *, rngs: nnx.Rngs
-    ) -> None:
-        self.name = name
-        self.dtype = config.dtype
-        self.embedding = nnx.Param(normal(rngs.params(), shape, config))
-
-    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Return the rows of the tokens in the compute dtype."""
-        table_VxD = self.embedding[...].astype(self.dtype)
-        return placement.look_up(table_VxD, tokens_BxT, self.name)
-
-    def logits(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Return the scores of every token in float32."""
-        table_VxD = self.embedding[...].astype(self.dtype)
-        kernel_DxV = placement.gather_matrix(table_VxD, self.name).T
-        return placement.multiply(x_BxTxD, kernel_DxV, self.name, jnp.float32)
 
 
 class Llama(nnx.Module):

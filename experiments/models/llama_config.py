@@ -1,10 +1,9 @@
 """The shape of a Llama, and the shapes of the published runs."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import get_args
 
-Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "layer", "dots"]
+from experiments.models.formats import Dtype, Remat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,23 +1,11 @@
 """The linear layer of the models: a kernel, or an adapter in its place."""
 
-from typing import Protocol
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models import lora, placement
-from experiments.models.llama_config import Dtype, Remat
-
-STD = 0.02  # of the entries of every matrix: the published runs' initialisation
-
-
-class Formats(Protocol):
-    """What a layer asks of its model's config."""
-
-    param_dtype: Dtype
-    dtype: Dtype
-    remat: Remat
+from experiments.models.formats import STD, Formats, normal
 
 
 class Projection(nnx.Module):
@@ -98,8 +86,3 @@ class Projection(nnx.Module):
     def _weights(self) -> lora.Module:
         names = ("kernel", "lora_a", "lora_b")
         return {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
-
-
-def normal(key: jax.Array, shape: tuple[int, int], config: Formats) -> jax.Array:
-    """Draw a matrix from N(0, STD^2) in the parameters' format."""
-    return jax.nn.initializers.normal(STD)(key, shape, config.param_dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.study.arms import Arm, Run
-from experiments.study.harvest import RunError, delete_checkpoints, harvest, log_of
+from experiments.study.harvest import RunError, delete_weights, harvest, log_of
 from experiments.study.processes import Processes
 from experiments.study.progress import StudyProgress
 from experiments.study.records import Records
@@ -131,7 +131,7 @@ class Conductor:
             progress.ended(run.name, f"failed: {error}", seconds)
             return
         self.records.add(record)
-        delete_checkpoints(path)
+        delete_weights(path)
         progress.show(*self._counts())
         diverged = record.diverged is not None
         found = "diverged" if diverged else self.subject.shown(record)

@@ -73,9 +73,11 @@ def log_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.log")
 
 
-def delete_checkpoints(path: Path) -> None:
-    """Deletes the checkpoints of a run whose record is written."""
-    shutil.rmtree(RunFolder(path).checkpoints, ignore_errors=True)
+def delete_weights(path: Path) -> None:
+    """Deletes the checkpoints and the model of a run whose record is written."""
+    folder = RunFolder(path)
+    for weights in (folder.checkpoints, folder.model):
+        shutil.rmtree(weights, ignore_errors=True)
 
 
 @functools.cache

@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "report.md"
 
     @property
+    def model(self) -> Path:
+        """Folder of the best checkpoint's model, in transformers' layout."""
+        return self.path / "model"
+
+    @property
     def predictions(self) -> Path:
         """Folder of what the best checkpoint says on test examples."""
         return self.path / "predictions"
@@ -157,7 +162,7 @@ class RunFolder:
             if config.get("run", {}).get("checkpoint_dir") == self.checkpoint_dir:
                 self._delete_checkpoints()
             # The tokenizer stays: it is a cache that knows what text it was made from.
-            for folder in (self.path / "tensorboard", self.predictions):
+            for folder in (self.path / "tensorboard", self.predictions, self.model):
                 shutil.rmtree(folder, ignore_errors=True)
             for name in _FILES:
                 (self.path / name).unlink(missing_ok=True)

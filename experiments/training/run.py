@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from experiments.assembly import Parts, mesh_of, step_of
@@ -41,6 +42,11 @@ class Layout:
     place: Callable[[Batch], Batch]
     share: Share
     mesh: jax.sharding.Mesh | None
+
+    @property
+    def whole(self) -> NamedSharding | None:
+        """Sharding of what every device is to have as a whole; None for one alone."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.configs.glue import parse
 from experiments.configs.optimizer import OptimizerName
 from experiments.data.batches import Share
 from experiments.data.example_batches import Encoded, collate
@@ -17,6 +16,7 @@ from experiments.data.glue import TASKS
 from experiments.data.hub import model_folder
 from experiments.data.text_files import TextError
 from experiments.glue.job import example_loss, losses_of, make_predict
+from experiments.glue.presets import parse
 from experiments.glue.subject import GLUE
 from experiments.models.encoder import functional_encoder
 from experiments.models.encoder_checkpoint import read_encoder_config

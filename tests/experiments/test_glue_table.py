@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from experiments.configs.glue import parse
 from experiments.glue import __main__ as command
 from experiments.glue import table
+from experiments.glue.presets import parse
 from experiments.study import report
 from experiments.study.processes import Processes
 from experiments.study.records import Records

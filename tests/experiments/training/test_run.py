@@ -5,7 +5,7 @@ import optax
 from rich.console import Console
 
 from experiments.assembly import Parts
-from experiments.configs.glue import parse
+from experiments.glue.presets import parse
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Plan
 from experiments.training.run import Job, run
