@@ -136,7 +136,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     x = list(range(len(panel.results)))
     spreads = [summary.final for summary in panel.results.values()]
     medians = [spread.median for spread in spreads]
-    if any(isinstance(value, str | bool) for value in panel.results):
+    words = any(isinstance(value, str | bool) for value in panel.results)
+    if words:
         lows = [spread.low for spread in spreads]
         highs = [spread.high for spread in spreads]
         axes.vlines(x, lows, highs, color=COLOURS[0], alpha=0.4, linewidth=6)
@@ -157,7 +158,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
                 ha="center",
                 va="top",
             )
-    axes.set_xticks(x, [_text(value) for value in panel.results])
+    names = [_text(value) for value in panel.results]
+    axes.set_xticks(x, names, rotation=15 if words else 0)  # words would overlap
     axes.set_xlim(-0.4, len(x) - 0.6)
     axes.set_xlabel(panel.setting)
     axes.grid(alpha=0.3)
