@@ -259,7 +259,7 @@ def _place(name: str) -> tuple[int, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Folder:
+class TableFolder:
     """Make table and plot again, from a folder's study.json alone.
 
     Attributes:
@@ -271,7 +271,7 @@ class _Folder:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    config = tyro.cli(_Folder, args=args, prog=PROGRAM)
+    config = tyro.cli(TableFolder, args=args, prog=PROGRAM)
     try:
         records = Records.read(config.folder / "study.json", {"glue"})
         show(records, Console(highlight=False))

@@ -13,6 +13,8 @@ import yaml
 
 from experiments import compile_tpu, kill_test, mesh_test, presets
 from experiments.bench import config as bench_config
+from experiments.glue import presets as glue_presets
+from experiments.glue import table, table_config
 from experiments.study import config as study_config
 from experiments.study import report, sensitivity
 
@@ -50,6 +52,10 @@ def parse(module, args):
             compile_tpu.parse_args(args)
         case "bench":
             bench_config.parse_args(args)
+        case "glue":
+            (table_config.parse_args if "all" in args else glue_presets.parse)(args)
+        case "glue.table":
+            tyro.cli(table.TableFolder, args=args)
         case "kill_test":
             tyro.cli(kill_test.KillTestConfig, args=args)
         case "mesh_test":

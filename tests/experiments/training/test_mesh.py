@@ -128,8 +128,8 @@ def test_the_other_side_is_split_where_the_larger_one_cannot_be() -> None:
 
 
 def test_a_parameter_without_a_rule_is_refused() -> None:
-    params = {"mlp": {"bias": jax.ShapeDtypeStruct((8,), jnp.float32)}}
-    with pytest.raises(ValueError, match="no sharding rule for parameter 'mlp/bias'"):
+    params = {"mlp": {"offset": jax.ShapeDtypeStruct((8,), jnp.float32)}}
+    with pytest.raises(ValueError, match="no sharding rule for parameter 'mlp/offset'"):
         mesh_lib.param_shardings(params, mesh_lib.make_mesh(1, 8))
 
 
