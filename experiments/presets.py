@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-
+from experiments.configs.command_line import parse_with_preset
 from experiments.configs.optimizer import Method, OptimizerConfig, OptimizerName
 from experiments.configs.pretrain import PresetName, PretrainConfig, PretrainRunConfig
 from experiments.configs.text import TextConfig
@@ -118,13 +117,4 @@ def parse(args: Sequence[str] | None = None) -> PretrainConfig:
 
     A mistake in them is explained on stderr and ends the process with code 2.
     """
-    # These two are read first, for they set the defaults of everything else, also of
-    # those that --help shows.
-    choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
-    return tyro.cli(
-        PretrainConfig,
-        args=args,
-        default=preset(choice.preset, choice.optimizer),
-        prog="python -m experiments.pretrain",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    return parse_with_preset(_Choice, preset, args, "python -m experiments.pretrain")

@@ -1,5 +1,6 @@
 """What every command that trains is told: folder, devices, method."""
 
+import abc
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(abc.ABC):
     """What is the same for whatever is trained; a command adds data and model.
 
     Attributes:
@@ -141,9 +142,9 @@ class TrainingConfig:
         return self.microbatches if subspace and self.microbatches > 1 else None
 
     @property
+    @abc.abstractmethod
     def name(self) -> str:
         """What is run, as the name of a folder."""
-        raise NotImplementedError
 
     @property
     def run_dir(self) -> Path:

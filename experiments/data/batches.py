@@ -73,5 +73,30 @@ class Share:
         return range(self.index * size, (self.index + 1) * size)
 
 
+class CountedBatches:
+    """Batches whose position is a number of them, the same in all processes."""
+
+    _kind: str  # what they are of, for the error
+    _done = 0
+
+    def get_state(self) -> State:
+        """Return how many batches there were."""
+        return {"batches": self._done}
+
+    def set_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go to where all processes were; `Batches` says more."""
+        counts = {state.get("batches") for state in states}
+        done = counts.pop() if len(counts) == 1 else None
+        if not isinstance(done, int):
+            raise ValueError(
+                f"The saved position is not one of {self._kind}: each process needs "
+                f"the same number of batches, found {list(states)}."
+            )
+        self._done = done
+
+    def close(self) -> None:
+        """Do nothing: nothing reads ahead."""
+
+
 WHOLE = Share()
 """The share of a process that is alone."""

@@ -5,15 +5,14 @@ no more programs than these are compiled.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 
-from experiments.data.batches import WHOLE, Share, State
+from experiments.data.batches import WHOLE, CountedBatches, Share
 from experiments.data.glue import Examples
 from experiments.data.sequences import Batch
 from experiments.data.text_files import TextError
@@ -99,7 +98,7 @@ def encode(
     )
 
 
-class TrainingExamples:
+class TrainingExamples(CountedBatches):
     """Endless shuffled batches of labelled examples.
 
     Every epoch visits each example once, in an order of its own; its last batch is
@@ -107,6 +106,8 @@ class TrainingExamples:
     (B,) uint32, random numbers that dropout is drawn by. The state is a number of
     batches.
     """
+
+    _kind = "labelled examples"
 
     def __init__(
         self, encoded: Encoded, batch_size: int, seed: int, share: Share = WHOLE
@@ -117,7 +118,6 @@ class TrainingExamples:
         self._batch_size = batch_size
         self._seed = seed
         self._share = slice(share.rows(batch_size).start, share.rows(batch_size).stop)
-        self._done = 0
         self._epoch = -1
         self._order: list[np.ndarray] = []
 
@@ -135,24 +135,6 @@ class TrainingExamples:
         batch["noise"] = dice.integers(2**32, size=self._batch_size, dtype=np.uint32)
         self._done += 1
         return {name: value[self._share] for name, value in batch.items()}
-
-    def get_state(self) -> State:
-        """Return how many batches there were."""
-        return {"batches": self._done}
-
-    def set_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go to where all processes were; `Batches` says more."""
-        counts = {state.get("batches") for state in states}
-        done = counts.pop() if len(counts) == 1 else None
-        if not isinstance(done, int):
-            raise ValueError(
-                "The saved position is not one of labelled examples: each process "
-                f"needs the same number of batches, found {list(states)}."
-            )
-        self._done = done
-
-    def close(self) -> None:
-        """Do nothing: nothing reads ahead."""
 
     def _shuffled(self, epoch: int) -> list[np.ndarray]:
         """Numbers of the examples of each batch of an epoch."""

@@ -1,12 +1,11 @@
 """Tokens in memory to batches, with grain: cut, shuffle, repeat, batch."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 
-from experiments.data.batches import WHOLE, Batches, Share, State
+from experiments.data.batches import WHOLE, Batches, CountedBatches, Share
 from experiments.data.sequences import Batch, Kind, Sequences
 from experiments.data.tokens import Tokens
 
@@ -53,8 +52,10 @@ def train_batches(
     return _MemoryBatches(source, batch_size, seed, share)
 
 
-class _MemoryBatches:
+class _MemoryBatches(CountedBatches):
     """Batches of sequences that are in memory."""
+
+    _kind = "text in memory"
 
     def __init__(
         self, source: Sequences, batch_size: int, seed: int, share: Share
@@ -64,30 +65,11 @@ class _MemoryBatches:
         self._rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
         self._batch_size = batch_size
         self._share = share.rows(batch_size)
-        self._done = 0
 
     def __next__(self) -> Batch:
         first = self._done * self._batch_size
         self._done += 1
         return stack([self._rows[first + row] for row in self._share])
-
-    def get_state(self) -> State:
-        """Return how many batches there were."""
-        return {"batches": self._done}
-
-    def set_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go to where all processes were; `Batches` says more."""
-        counts = {state.get("batches") for state in states}
-        done = counts.pop() if len(counts) == 1 else None
-        if not isinstance(done, int):
-            raise ValueError(
-                "The saved position is not one of text in memory: each process needs "
-                f"the same number of batches, found {list(states)}."
-            )
-        self._done = done
-
-    def close(self) -> None:
-        """Do nothing: nothing reads ahead."""
 
 
 def validation_batches(

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 
 import tyro
-from rich.console import Console
 
 from experiments.command import Command
 from experiments.glue.job import prepare
@@ -21,7 +20,7 @@ from experiments.glue.report import make_report
 from experiments.glue.subject import GLUE
 from experiments.glue.table import show
 from experiments.glue.table_config import parse_args
-from experiments.study.session import Session
+from experiments.study.session import Session, start
 
 COMMAND = Command("experiments.glue", parse, prepare, make_report)
 
@@ -35,27 +34,22 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     args = list(sys.argv[1:] if args is None else args)
     choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
-    return make_table(args) if choice.task == "all" else COMMAND.main(args)
+    return start(make_session, args) if choice.task == "all" else COMMAND.main(args)
 
 
-def make_table(args: Sequence[str]) -> int:
-    """Does the runs of the table that are not done yet; returns the exit code."""
-    try:
-        config, arms = parse_args(args)
-        session = Session(
-            "glue",
-            GLUE,
-            arms,
-            config.budget,
-            config.folder,
-            config.workers,
-            command=f"python -m experiments.glue {shlex.join(args)}",
-            report=show,
-        )
-        return session.carry_out(Console(highlight=False))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def make_session(args: Sequence[str]) -> Session:
+    """Reads what the table is to be of."""
+    config, arms = parse_args(args)
+    return Session(
+        "glue",
+        GLUE,
+        arms,
+        config.budget,
+        config.folder,
+        config.workers,
+        command=f"python -m experiments.glue {shlex.join(args)}",
+        report=show,
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-import tyro
-
+from experiments.configs.command_line import parse_with_preset
 from experiments.configs.glue import (
     GlueConfig,
     GlueDataConfig,
@@ -60,12 +59,4 @@ def parse(args: Sequence[str] | None = None) -> GlueConfig:
 
     A mistake in them is explained on stderr and ends the process with code 2.
     """
-    # These two set the defaults of everything else.
-    choice, _ = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
-    return tyro.cli(
-        GlueConfig,
-        args=args,
-        default=preset(choice.preset, choice.optimizer),
-        prog=PROGRAM,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    return parse_with_preset(_Choice, preset, args, PROGRAM)

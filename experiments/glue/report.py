@@ -10,7 +10,7 @@ import optax
 import ngalore_jax as ng
 from experiments.configs.glue import GlueConfig
 from experiments.data.glue import TASKS
-from experiments.glue.subject import best_epoch
+from experiments.glue.subject import best_epoch, of_validation
 from experiments.training.folder import RunFolder
 from experiments.training.optimizer import adamw_state_bytes
 from experiments.training.report import Report, megabytes
@@ -30,11 +30,7 @@ def make_report(
     evaluated = [row for row in rows if score in row]
     at = best_epoch([row[score] for row in evaluated])
     best = evaluated[at]
-    found = {
-        name.removeprefix("validation_"): value
-        for name, value in best.items()
-        if name.startswith("validation_")
-    }
+    found = of_validation(best)
     ours, adamw = ng.state_bytes(state.opt_state), adamw_state_bytes(state.params)
     seconds = sum(row["seconds"] for row in rows)
     examples = sum(row["examples"] for row in rows)

@@ -111,13 +111,19 @@ def score(record: Record) -> float | None:
 
 def best_scores(record: Record) -> dict[str, float]:
     """Returns all scores after the best epoch, by name."""
-    columns = {
-        name.removeprefix("validation_"): values
-        for name, values in record.curve.items()
-        if name.startswith("validation_")
-    }
+    columns = of_validation(record.curve)
     best = best_epoch(columns[main_metric(record)])
     return {name: values[best] for name, values in columns.items()}
+
+
+def of_validation(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what an evaluation has added, without the prefix that says so."""
+    prefix = "validation_"
+    return {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }
 
 
 def best_epoch(scores: Sequence[float | None]) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from experiments.models.formats import Dtype, Remat
+from experiments.models.formats import Dtype, Remat, check_choices, check_positive
 
 Family = Literal["bert", "roberta"]
 Activation = Literal["gelu", "gelu_new", "relu"]
@@ -69,7 +69,8 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         """Check that the sizes make a model."""
-        for name in (
+        check_positive(
+            self,
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -78,9 +79,7 @@ class EncoderConfig:
             "token_types",
             "norm_eps",
             "max_length",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        )
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_heads="
@@ -88,18 +87,7 @@ class EncoderConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        for name, choices in (
-            ("family", get_args(Family)),
-            ("activation", get_args(Activation)),
-            ("param_dtype", get_args(Dtype)),
-            ("dtype", get_args(Dtype)),
-            ("remat", get_args(Remat)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, "
-                    f"got {getattr(self, name)!r}"
-                )
+        check_choices(self, family=Family, activation=Activation)
 
     @property
     def head_size(self) -> int:

@@ -1,6 +1,6 @@
 """Number formats of a model, and what its backward pass recomputes."""
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,24 @@ class Formats(Protocol):
     def remat(self) -> Remat:
         """What of each layer the backward pass recomputes."""
         ...
+
+
+def check_positive(config: Formats, *names: str) -> None:
+    """Refuse sizes that are not positive."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+
+
+def check_choices(config: Formats, **more: Any) -> None:
+    """Refuse formats, and further settings, that are none of a `Literal`'s."""
+    every = more | {"param_dtype": Dtype, "dtype": Dtype, "remat": Remat}
+    for name, literal in every.items():
+        choices, given = get_args(literal), getattr(config, name)
+        if given not in choices:
+            raise ValueError(
+                f"{name} must be one of {', '.join(choices)}, got {given!r}"
+            )
 
 
 def normal(key: jax.Array, shape: tuple[int, int], config: Formats) -> jax.Array:

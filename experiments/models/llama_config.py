@@ -1,9 +1,8 @@
 """The shape of a Llama, and the shapes of the published runs."""
 
 import dataclasses
-from typing import get_args
 
-from experiments.models.formats import Dtype, Remat
+from experiments.models.formats import Dtype, Remat, check_choices, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,8 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         """Check that the sizes make a model."""
-        for name in (
+        check_positive(
+            self,
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -57,9 +57,7 @@ class LlamaConfig:
             "kv_heads",
             "rope_theta",
             "norm_eps",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        )
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of 2 * num_heads="
@@ -69,16 +67,7 @@ class LlamaConfig:
             raise ValueError(
                 f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}"
             )
-        for name, choices in (
-            ("param_dtype", get_args(Dtype)),
-            ("dtype", get_args(Dtype)),
-            ("remat", get_args(Remat)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, "
-                    f"got {getattr(self, name)!r}"
-                )
+        check_choices(self)
 
     @property
     def kv_heads(self) -> int:

@@ -8,33 +8,31 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from experiments.study.config import PROGRAM, parse_args
 from experiments.study.pretraining import PRETRAINING
 from experiments.study.report import show_report
-from experiments.study.session import Session
+from experiments.study.session import Session, start
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     args = list(sys.argv[1:] if args is None else args)
-    try:
-        config, arms = parse_args(args)
-        session = Session(
-            "study",
-            PRETRAINING,
-            arms,
-            config.budget,
-            config.folder,
-            config.workers,
-            command=f"{PROGRAM} {shlex.join(args)}".strip(),
-            report=show_report,
-        )
-        return session.carry_out(Console(highlight=False))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return start(make_session, args)
+
+
+def make_session(args: Sequence[str]) -> Session:
+    """Reads what a study is to be of."""
+    config, arms = parse_args(args)
+    return Session(
+        "study",
+        PRETRAINING,
+        arms,
+        config.budget,
+        config.folder,
+        config.workers,
+        command=f"{PROGRAM} {shlex.join(args)}".strip(),
+        report=show_report,
+    )
 
 
 if __name__ == "__main__":

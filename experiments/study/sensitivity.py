@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from experiments.configs.optimizer import OptimizerConfig, OptimizerName
 from experiments.configs.pretrain import PresetName
@@ -21,7 +20,7 @@ from experiments.study.config import CORES
 from experiments.study.pretraining import PRETRAINING
 from experiments.study.records import Records
 from experiments.study.report import show_report
-from experiments.study.session import Session
+from experiments.study.session import Session, start
 from experiments.study.tuning import Budget
 
 PROGRAM = "python -m experiments.study.sensitivity"
@@ -108,23 +107,23 @@ def parse_args(args: Sequence[str]) -> tuple[SensitivityConfig, list[Arm]]:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     args = list(sys.argv[1:] if args is None else args)
-    try:
-        config, arms = parse_args(args)
-        _check_rate(config.folder / "study.json", arms[0].run(1, 0).learning_rate)
-        session = Session(
-            "sensitivity",
-            PRETRAINING,
-            arms,
-            Budget((1.0,), 0, config.seeds),
-            config.folder,
-            config.workers,
-            command=f"{PROGRAM} {shlex.join(args)}".strip(),
-            report=show_report,
-        )
-        return session.carry_out(Console(highlight=False))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return start(make_session, args)
+
+
+def make_session(args: Sequence[str]) -> Session:
+    """Reads what a study is to be of."""
+    config, arms = parse_args(args)
+    _check_rate(config.folder / "study.json", arms[0].run(1, 0).learning_rate)
+    return Session(
+        "sensitivity",
+        PRETRAINING,
+        arms,
+        Budget((1.0,), 0, config.seeds),
+        config.folder,
+        config.workers,
+        command=f"{PROGRAM} {shlex.join(args)}".strip(),
+        report=show_report,
+    )
 
 
 def _parse(spec: str) -> tuple[str, list[str]]:

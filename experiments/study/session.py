@@ -19,6 +19,18 @@ from experiments.study.tuning import Budget
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
+def start(make: Callable[[Sequence[str]], "Session"], args: Sequence[str]) -> int:
+    """Carries out what a command line asks for; returns the shell's exit code.
+
+    What `make`, which reads the arguments, or the session complains of is printed.
+    """
+    try:
+        return make(args).carry_out(Console(highlight=False))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
     """What a command line asks for.
