@@ -15,9 +15,10 @@ from experiments.configs.pretrain import PretrainConfig
 from experiments.configs.run import TrainingConfig
 from experiments.models.functional import functional_llama
 from experiments.training.mesh import make_mesh
-from experiments.training.microbatches import LossFn
+from experiments.training.microbatches import Batch, LossFn
 from experiments.training.optimizer import (
     build_optimizer,
+    matrix_labels,
     matrix_schedule,
     takes_explicit_axes,
 )
@@ -56,7 +57,27 @@ def make_parts(
         accumulation_steps=config.accumulation_steps,
     )
     schedule = matrix_schedule(config.optimization, config.learning_rate, steps)
+    if config.optimization.others == "freeze":
+        loss_fn = of_trained(loss_fn)
     return Parts(init_params, loss_fn, optimizer, schedule, unit)
+
+
+def of_trained(loss_fn: LossFn) -> LossFn:
+    """Returns the loss whose gradient is zero, and not computed, where all is frozen.
+
+    That of a table of embeddings is as large as the table.
+    """
+
+    def loss(params: optax.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        labels = matrix_labels(params, others="freeze")
+        params = jax.tree.map(
+            lambda p, label: jax.lax.stop_gradient(p) if label == "frozen" else p,
+            params,
+            labels,
+        )
+        return loss_fn(params, batch)
+
+    return loss
 
 
 def mesh_of(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from experiments.models import cpu_product
 from experiments.training.mesh import RULES, TENSOR
 
 
@@ -95,8 +96,10 @@ def multiply(
     if mesh.size <= 1:
         # As two-dimensional operands: for the gradient of w XLA's CPU compiler copies
         # others into another layout first.
-        y = jnp.matmul(x.reshape(-1, x.shape[-1]), w, preferred_element_type=dtype)
-        return y.reshape(shape)
+        rows = x.reshape(-1, x.shape[-1])
+        if cpu_product.is_asked_for(x):
+            return cpu_product.product(rows, w).reshape(shape)
+        return jnp.matmul(rows, w, preferred_element_type=dtype).reshape(shape)
     column = RULES.cut(name, w.shape, _axis_sizes()) == 1
     spec = P(*_spec(shape)[:-1], TENSOR) if column else _positions(shape)
     if not mesh.are_all_axes_explicit:

@@ -12,6 +12,10 @@ _ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     # LAPACK's threads spin where there is no core for them: SVDs of a second took 40.
     "OPENBLAS_NUM_THREADS": "1",
+    # Memory that a step has freed is kept for the next: each page that comes back from
+    # the system costs a fault, together a fifth of a step's time.
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=8589934592"
+    ":glibc.malloc.trim_threshold=17179869184",
 }
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 

@@ -15,6 +15,7 @@ from experiments.glue import __main__ as command
 from experiments.glue.presets import parse
 from experiments.training.folder import RunFolder
 from tests.experiments import small_encoder
+from tests.experiments.cluster import Cluster
 from tests.experiments.glue_files import write_task
 
 EPOCHS, COUNT, AN_EPOCH = 6, 42, 6  # the last batch is not full
@@ -162,15 +163,18 @@ def test_lora_trains_factors_and_head_alone(model, data, tmp_path):
     assert np.abs(after["head"]["out_proj"]["bias"]).max() > 0
 
 
-def test_a_mesh_learns_the_same(straight, model, data, tmp_path):
-    run_dir = tmp_path / "mesh"
-    more = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
-    assert command.main(arguments(model, data, run_dir, "sst2", *more)) == 0
+def test_two_processes_learn_the_same(straight, model, data, tmp_path):
+    run_dir = tmp_path / "run"
+    more = ("--mesh.fsdp", "2", "--mesh.tensor", "2")
+    command = arguments(model, data, run_dir, "sst2", *more)
+    with Cluster("experiments.glue", command, tmp_path) as cluster:
+        assert cluster.wait() == [0, 0], cluster.output()
     pairs = list(zip(rows(run_dir), rows(straight), strict=True))
     for ours, theirs in pairs[: 2 * AN_EPOCH]:  # later on rounding has grown
         for name in ("loss", "gradient_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
-    assert (run_dir / SUBMISSION).exists()
+    for name in (SUBMISSION, "model/model.safetensors", "report.md"):
+        assert (run_dir / name).exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import chex
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from experiments.glue.presets import parse
 from experiments.glue.subject import GLUE
 from experiments.models.encoder import functional_encoder
 from experiments.models.encoder_checkpoint import read_encoder_config
+from experiments.training.optimizer import matrix_labels
 from experiments.training.run import Layout
 from tests.experiments import small_encoder
 
@@ -95,6 +97,24 @@ def test_every_method_takes_a_step_on_an_encoder(name, model):
 
     new, params, after, state = jax.eval_shape(step, jax.random.key(0))
     assert new == params and after == state
+
+
+def test_what_is_frozen_has_no_gradient(model):
+    gradients = {}
+    for others in ("freeze", "train"):
+        given = f"--method adamw --others {others} --model.name {model} --max-length 16"
+        parts = GLUE.parts(parse(given.split()))
+        params = jax.jit(parts.init_params)(jax.random.key(0))
+        batch = collate(ENCODED, np.arange(3), 4) | {"noise": np.ones(4, np.uint32)}
+        gradients[others] = jax.jit(jax.grad(parts.loss_fn, has_aux=True))(
+            params, batch
+        )[0]
+    labels = matrix_labels(params, "freeze")
+    expected = jax.tree.map(
+        lambda g, label: 0 * g if label == "frozen" else g, gradients["train"], labels
+    )
+    chex.assert_trees_all_close(gradients["freeze"], expected, rtol=1e-5, atol=1e-7)
+    assert jnp.any(gradients["train"]["embed_tokens"]["embedding"])
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,7 @@
 """Two processes with two devices each train as one process with four does."""
 
-import contextlib
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +9,10 @@ import pytest
 
 from experiments.pretrain import main
 from experiments.training.metrics import read_metrics
+from tests.experiments.cluster import Cluster
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12
-TIMEOUT = 240
+PRETRAIN = "experiments.pretrain"
 
 
 @pytest.fixture(scope="module")
@@ -69,69 +63,6 @@ def arguments(shards: Path, tokenizer: Path, run_dir: Path, *more: str) -> list[
     return [*paths, "--run-dir", str(run_dir), *command.split(), *more]
 
 
-class Cluster:
-    """The command in two processes with two devices each; a context manager."""
-
-    def __init__(self, arguments: list[str], folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.logs = [folder / f"{index}.log" for index in range(2)]
-        flags = "--xla_force_host_platform_device_count=2"
-        self.processes = []
-        for index, log in enumerate(self.logs):
-            env = os.environ | {
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            }
-            command = [sys.executable, "-m", "experiments.pretrain", *arguments]
-            with log.open("w") as output:
-                self.processes.append(
-                    subprocess.Popen(
-                        [*command, "--mesh.distributed"],
-                        cwd=ROOT,
-                        env=env,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-
-    def wait(self) -> list[int]:
-        """Exit codes."""
-        return [process.wait(TIMEOUT) for process in self.processes]
-
-    def until_step(self, run_dir: Path, step: int) -> None:
-        """Waits until a step's row is written."""
-        deadline = time.monotonic() + TIMEOUT
-        while True:
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                if any(
-                    row["step"] >= step
-                    for row in read_metrics(run_dir / "metrics.jsonl")
-                ):
-                    return
-            assert time.monotonic() < deadline and self.alive(), self.output()
-            time.sleep(0.005)
-
-    def alive(self) -> bool:
-        return all(process.poll() is None for process in self.processes)
-
-    def output(self) -> str:
-        return "\n".join(log.read_text()[-3000:] for log in self.logs)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-
 def losses(run_dir: Path) -> np.ndarray:
     rows = read_metrics(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -144,7 +75,9 @@ def losses(run_dir: Path) -> np.ndarray:
 def two_processes(shards, tokenizer, tmp_path_factory) -> Path:
     """The folder of an undisturbed run in two processes."""
     folder = tmp_path_factory.mktemp("two")
-    with Cluster(arguments(shards, tokenizer, folder / "run"), folder) as cluster:
+    with Cluster(
+        PRETRAIN, arguments(shards, tokenizer, folder / "run"), folder
+    ) as cluster:
         assert cluster.wait() == [0, 0], cluster.output()
     assert (folder / "run" / "report.md").exists()
     # One process speaks, but for what the CPU's collectives say.
@@ -165,18 +98,18 @@ def test_stopped_and_killed_they_end_where_the_undisturbed_do(
 ):
     run_dir = tmp_path / "run"
     command = arguments(shards, tokenizer, run_dir, "--auto-resume")
-    with Cluster(command, tmp_path / "stopped") as cluster:
+    with Cluster(PRETRAIN, command, tmp_path / "stopped") as cluster:
         cluster.until_step(run_dir, 2)
         cluster.processes[1].terminate()
         # One process was asked, both agree on a step, save and end.
         assert cluster.wait() == [143, 143], cluster.output()
         assert "Saved step" in cluster.logs[0].read_text()
     done = len(read_metrics(run_dir / "metrics.jsonl"))
-    with Cluster(command, tmp_path / "killed") as cluster:
+    with Cluster(PRETRAIN, command, tmp_path / "killed") as cluster:
         cluster.until_step(run_dir, done + 1)
         cluster.processes[1].kill()
     assert done < len(read_metrics(run_dir / "metrics.jsonl")) < STEPS
-    with Cluster(command, tmp_path / "resumed") as cluster:
+    with Cluster(PRETRAIN, command, tmp_path / "resumed") as cluster:
         assert cluster.wait() == [0, 0], cluster.output()
     np.testing.assert_array_equal(losses(run_dir), losses(two_processes))
 
@@ -185,7 +118,7 @@ def test_a_mistake_that_one_process_meets_ends_both(
     shards, tokenizer, two_processes, tmp_path
 ):
     command = arguments(shards, tokenizer, two_processes)
-    with Cluster(command, tmp_path) as cluster:
+    with Cluster(PRETRAIN, command, tmp_path) as cluster:
         assert cluster.wait() == [1, 1], cluster.output()
     assert "--overwrite" in cluster.logs[0].read_text()
     assert "process 0: " in cluster.logs[1].read_text()
