@@ -89,7 +89,8 @@ class GlueConfig(TrainingConfig):
         mesh: Devices to spread over.
         preset: A recipe: "paper" of Natural GaLore's table (arXiv 2410.16029), at the
             middle one of its learning rates, 1e-5, 2e-5 and 3e-5, which the table
-            tries; "galore" of GaLore's script; "minilm" for MiniLM on two cores.
+            tries; "galore" of GaLore's script; "minilm" for MiniLM on two cores, with
+            rates by method.
     """
 
     run: tyro.conf.OmitArgPrefixes[GlueRunConfig]

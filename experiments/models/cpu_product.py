@@ -1,9 +1,9 @@
-"""Matrix products of bfloat16 factors, summed in float32, fast on CPUs that have them.
+"""Matrix products of bfloat16 factors, summed in float32, on the CPU.
 
 `JAX_DEFAULT_MATMUL_PRECISION=bfloat16` asks for such products of float32 arrays, which
-TPUs and GPUs then take. XLA's CPU compiler goes on in float32. It does have fast ones
-(AMX, AVX-512), but only of operands that are bfloat16, give float32, and of which the
-first one lies in memory row by row.
+TPUs and GPUs then take. XLA's CPU compiler goes on in float32. It has fast ones where the
+CPU has AMX, but only of bfloat16 operands with a float32 result, and of which the first
+one lies in memory row by row.
 """
 
 import jax

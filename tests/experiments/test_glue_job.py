@@ -137,6 +137,23 @@ def test_the_published_recipes(name, run, rate):
     assert config.model.name == "FacebookAI/roberta-base"
 
 
+@pytest.mark.parametrize(
+    ("method", "rate", "others"),
+    [
+        ("adamw", 1e-4, "train"),
+        ("lora", 1e-3, "freeze"),
+        ("galore", 3e-4, "freeze"),
+        ("natural_galore", 3e-4, "freeze"),
+    ],
+)
+def test_the_recipe_for_two_cores_has_rates_by_method(method, rate, others):
+    config = parse(["--preset", "minilm", "--method", method])
+    assert config.learning_rate == rate and config.data.max_length == 64
+    given = config.optimization
+    assert (given.others, given.adam_learning_rate) == (others, 1e-3)
+    assert (given.update_proj_gap, given.scale) == (20, 4)
+
+
 def test_a_model_is_a_folder_or_the_hub_s(model, monkeypatch):
     assert model_folder(str(model), print) == model
     with pytest.raises(TextError, match=r"is no folder .*OWNER/MODEL"):
