@@ -1,9 +1,9 @@
 """Matrix products of bfloat16 factors, summed in float32, on the CPU.
 
 `JAX_DEFAULT_MATMUL_PRECISION=bfloat16` asks for such products of float32 arrays, which
-TPUs and GPUs then take. XLA's CPU compiler goes on in float32. It has fast ones where the
-CPU has AMX, but only of bfloat16 operands with a float32 result, and of which the first
-one lies in memory row by row.
+TPUs and GPUs then take. XLA's CPU compiler goes on in float32. It has fast ones where
+the CPU has AMX, but only of bfloat16 operands with a float32 result, and of which the
+first one lies in memory row by row.
 """
 
 import jax
@@ -33,8 +33,8 @@ def _backward(
     saved: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, w = saved
-    # Without the layout the transpose is a view, of which products are slow; without the
-    # barrier it is taken of float32.
+    # Without the layout the transpose is a view, of which products are slow; without
+    # the barrier it is taken of float32.
     rounded = jax.lax.optimization_barrier(x.astype(jnp.bfloat16))
     columns = with_layout_constraint(rounded.T, Layout((0, 1)))
     return _dot(g, w, contracted=(1, 1)), _dot(columns, g, contracted=(1, 0))
