@@ -58,11 +58,11 @@ def make_parts(
     )
     schedule = matrix_schedule(config.optimization, config.learning_rate, steps)
     if config.optimization.others == "freeze":
-        loss_fn = of_trained(loss_fn)
+        loss_fn = _of_trained(loss_fn)
     return Parts(init_params, loss_fn, optimizer, schedule, unit)
 
 
-def of_trained(loss_fn: LossFn) -> LossFn:
+def _of_trained(loss_fn: LossFn) -> LossFn:
     """Returns the loss whose gradient is zero, and not computed, where all is frozen.
 
     That of a table of embeddings is as large as the table.

@@ -15,7 +15,7 @@ import tyro
 
 from experiments.command import Command
 from experiments.glue.job import prepare
-from experiments.glue.presets import parse
+from experiments.glue.presets import PROGRAM, parse
 from experiments.glue.report import make_report
 from experiments.glue.subject import GLUE
 from experiments.glue.table import show
@@ -47,7 +47,7 @@ def make_session(args: Sequence[str]) -> Session:
         config.budget,
         config.folder,
         config.workers,
-        command=f"python -m experiments.glue {shlex.join(args)}",
+        command=f"{PROGRAM} {shlex.join(args)}",
         report=show,
     )
 

@@ -13,7 +13,7 @@ _ENVIRONMENT = {
     # LAPACK's threads spin where there is no core for them: SVDs of a second took 40.
     "OPENBLAS_NUM_THREADS": "1",
     # Memory that a step has freed is kept for the next: each page that comes back from
-    # the system costs a fault, together a fifth of a step's time.
+    # the system costs a fault.
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=8589934592"
     ":glibc.malloc.trim_threshold=17179869184",
 }
