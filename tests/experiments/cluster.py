@@ -14,6 +14,13 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 240
 
 
+def free_port() -> int:
+    """One for the coordinator of processes."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 class Cluster:
     """A command in two processes with two devices each; a context manager.
 
@@ -24,9 +31,7 @@ class Cluster:
     """
 
     def __init__(self, module: str, arguments: list[str], folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"{index}.log" for index in range(2)]
         flags = "--xla_force_host_platform_device_count=2"

@@ -2,12 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.experiments.cluster import free_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -16,12 +17,9 @@ ROOT = Path(__file__).parents[3]
 def found(tmp_path_factory) -> list[dict]:
     """What each process has to tell."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
     # The tests' own eight devices would not do here.
     env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    script = "tests.experiments.training.two_processes"
+    script, port = "tests.experiments.training.two_processes", str(free_port())
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", script, port, str(index), str(folder)],
