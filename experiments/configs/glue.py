@@ -9,24 +9,12 @@ from typing import Any, Literal
 
 import tyro
 
-from experiments.configs.run import RunConfig, TrainingConfig, check_at_least
+from experiments.configs.finetuning import FineTuningConfig, FineTuningRunConfig
+from experiments.configs.run import check_at_least
 from experiments.data.glue import TaskName
 from experiments.models.formats import Dtype, Remat
 
 GluePreset = Literal["paper", "galore", "minilm"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GlueRunConfig(RunConfig):
-    """How long, and where it is kept.
-
-    Attributes:
-        epochs: Times that all examples are learnt from; an evaluation and a checkpoint
-            end each. The scores are those of the best one.
-    """
-
-    epochs: int = 3
-    batch_size: int = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +40,7 @@ class GlueDataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GlueModelConfig:
+class EncoderModelConfig:
     """What is fine-tuned.
 
     Attributes:
@@ -72,7 +60,7 @@ class GlueModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GlueConfig(TrainingConfig):
+class GlueConfig(FineTuningConfig):
     """Fine-tune an encoder on a task of GLUE with a chosen optimizer.
 
     A classification (or regression) head is put onto the first token. On RoBERTa-base
@@ -93,25 +81,17 @@ class GlueConfig(TrainingConfig):
             rates by method.
     """
 
-    run: tyro.conf.OmitArgPrefixes[GlueRunConfig]
+    run: tyro.conf.OmitArgPrefixes[FineTuningRunConfig]
     data: tyro.conf.OmitArgPrefixes[GlueDataConfig]
-    model: GlueModelConfig = GlueModelConfig()
+    model: EncoderModelConfig = EncoderModelConfig()
     preset: GluePreset = "paper"
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything."""
         super().__post_init__()
-        check_at_least(1, self.run, "epochs")
         check_at_least(8, self.data, "max_length")
         if self.data.train_examples is not None:
             check_at_least(1, self.data, "train_examples")
-        if self.optimization.accumulate == "subspace":
-            raise ValueError("--accumulate subspace is not for fine-tuning.")
-        if self.optimization.optimizer == "low_rank":
-            raise ValueError(
-                "low_rank has no kernels that pretrained weights could be loaded into: "
-                "lora keeps them beside its factors."
-            )
 
     @property
     def name(self) -> str:
@@ -119,11 +99,7 @@ class GlueConfig(TrainingConfig):
         return f"glue-{self.data.task}-{self.optimization.optimizer}"
 
     def identity(self) -> dict[str, Any]:
-        """Returns what must be equal for one run to go on from another's state.
-
-        The fingerprints of data, tokenizer and weights are for the caller to add.
-        """
-        config = super().identity() | {"epochs": self.run.epochs}
-        del config["data"]["data"], config["data"]["on_bad_input"]
-        del config["model"]["name"]
+        """Returns what must be equal for one run to go on from another's state."""
+        config = super().identity()
+        del config["data"]["on_bad_input"]
         return config

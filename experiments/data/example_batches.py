@@ -7,7 +7,7 @@ no more programs than these are compiled.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import tokenizers
@@ -15,11 +15,29 @@ import tokenizers
 from experiments.data.batches import WHOLE, CountedBatches, Share
 from experiments.data.glue import Examples
 from experiments.data.sequences import Batch
-from experiments.data.text_files import TextError
 
-BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
+BUCKETS += (1024, 1536, 2048, 3072, 4096)
 # Batches whose examples are sorted by length before they are cut.
 _WINDOW = 50
+
+
+class Tokenized(Protocol):
+    """Examples that batches can be made of."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, ``(N,)``."""
+        ...
+
+    def collate(self, rows: np.ndarray, batch_size: int) -> Batch:
+        """Return some as a batch of `batch_size`; rows without any have weight 0."""
+        ...
+
+
+def width_of(longest: int, most: int) -> int:
+    """Returns the bucket that a batch is padded to, or the most."""
+    return next((size for size in BUCKETS if longest <= size <= most), most)
 
 
 @dataclass(frozen=True)
@@ -53,39 +71,52 @@ class Encoded:
             digest.update(self.labels.tobytes())
         return digest.hexdigest()
 
+    def collate(self, rows: np.ndarray, batch_size: int) -> Batch:
+        """Return some examples as a batch of `batch_size`, padded to a bucket.
 
-def load_pair_tokenizer(folder: Path, max_length: int) -> tokenizers.Tokenizer:
-    """Loads the tokenizer.json that lies beside a model.
-
-    Args:
-      folder: The model's.
-      max_length: Tokens that an example is cut to, the longer text first.
-
-    Raises:
-      TextError: There is none, or it is damaged.
-    """
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise TextError(f"{folder} has no tokenizer.json.")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise TextError(f"{path} is no tokenizer: {error}.") from error
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
-    return tokenizer
+        Its arrays: ``tokens`` and ``types`` ``(B, T)`` int32, ``lengths`` ``(B,)``
+        int32, ``weights`` ``(B,)`` float32, and ``labels`` ``(B, ...)`` where they
+        are told.
+        """
+        width = width_of(max(len(self.tokens[row]) for row in rows), self.max_length)
+        tokens = np.zeros((batch_size, width), np.int32)
+        types = np.zeros_like(tokens)
+        lengths = np.ones(batch_size, np.int32)  # attention needs something to look at
+        weights = np.zeros(batch_size, np.float32)
+        for place, row in enumerate(rows):
+            length = len(self.tokens[row])
+            tokens[place, :length] = self.tokens[row]
+            types[place, :length] = self.types[row]
+            lengths[place], weights[place] = length, 1
+        batch = {
+            "tokens": tokens,
+            "types": types,
+            "lengths": lengths,
+            "weights": weights,
+        }
+        if self.labels is not None:
+            shape = (batch_size, *self.labels.shape[1:])
+            batch["labels"] = np.zeros(shape, self.labels.dtype)
+            batch["labels"][: len(rows)] = self.labels[rows]
+        return batch
 
 
 def encode(
-    tokenizer: tokenizers.Tokenizer, examples: Examples, *, token_types: int
+    tokenizer: tokenizers.Tokenizer,
+    examples: Examples,
+    *,
+    max_length: int,
+    token_types: int,
 ) -> Encoded:
     """Tokenizes examples, special tokens added.
 
     Args:
-      tokenizer: From `load_pair_tokenizer`, which cuts.
+      tokenizer: Of the model.
       examples: Of one text each, or of two.
+      max_length: Tokens that an example is cut to, the longer text first.
       token_types: Of the model; with 1 the second text is not told from the first.
     """
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
     texts = [t if len(t) > 1 else t[0] for t in examples.texts]
     found = tokenizer.encode_batch_fast(texts)
     tokens = [np.array(one.ids, np.int32) for one in found]
@@ -94,7 +125,7 @@ def encode(
         tokens,
         [np.minimum(one, token_types - 1) for one in types],
         examples.labels,
-        tokenizer.truncation["max_length"],
+        max_length,
     )
 
 
@@ -110,7 +141,7 @@ class TrainingExamples(CountedBatches):
     _kind = "labelled examples"
 
     def __init__(
-        self, encoded: Encoded, batch_size: int, seed: int, share: Share = WHOLE
+        self, encoded: Tokenized, batch_size: int, seed: int, share: Share = WHOLE
     ) -> None:
         """Take examples, at least one; `batch_size` is of all processes together."""
         self._encoded = encoded
@@ -130,7 +161,7 @@ class TrainingExamples(CountedBatches):
         epoch, step = divmod(self._done, self.steps_an_epoch)
         if epoch != self._epoch:
             self._order, self._epoch = self._shuffled(epoch), epoch
-        batch = collate(self._encoded, self._order[step], self._batch_size)
+        batch = self._encoded.collate(self._order[step], self._batch_size)
         dice = np.random.default_rng((self._seed, self._done))
         batch["noise"] = dice.integers(2**32, size=self._batch_size, dtype=np.uint32)
         self._done += 1
@@ -152,7 +183,7 @@ class TrainingExamples(CountedBatches):
 
 
 def evaluation_batches(
-    encoded: Encoded, batch_size: int, share: Share = WHOLE
+    encoded: Tokenized, batch_size: int, share: Share = WHOLE
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Yield every example once: the numbers of a batch's examples, and the batch.
 
@@ -160,31 +191,6 @@ def evaluation_batches(
     """
     order = np.argsort(encoded.lengths, kind="stable")
     for rows in np.split(order, range(batch_size, len(order), batch_size)):
-        batch = collate(encoded, rows, batch_size)
+        batch = encoded.collate(rows, batch_size)
         mine = share.rows(batch_size)
         yield rows, {name: value[mine] for name, value in batch.items()}
-
-
-def collate(encoded: Encoded, rows: np.ndarray, batch_size: int) -> Batch:
-    """Return some examples as a batch of `batch_size`, padded to a bucket.
-
-    Its arrays: ``tokens`` and ``types`` ``(B, T)`` int32, ``lengths`` ``(B,)`` int32,
-    ``weights`` ``(B,)`` float32, and ``labels`` ``(B,)`` where they are told.
-    """
-    longest = max(len(encoded.tokens[row]) for row in rows)
-    most = encoded.max_length
-    width = next((size for size in BUCKETS if longest <= size <= most), most)
-    tokens = np.zeros((batch_size, width), np.int32)
-    types = np.zeros_like(tokens)
-    lengths = np.ones(batch_size, np.int32)  # attention needs something to look at
-    weights = np.zeros(batch_size, np.float32)
-    for place, row in enumerate(rows):
-        length = len(encoded.tokens[row])
-        tokens[place, :length] = encoded.tokens[row]
-        types[place, :length] = encoded.types[row]
-        lengths[place], weights[place] = length, 1
-    batch = {"tokens": tokens, "types": types, "lengths": lengths, "weights": weights}
-    if encoded.labels is not None:
-        batch["labels"] = np.zeros(batch_size, encoded.labels.dtype)
-        batch["labels"][: len(rows)] = encoded.labels[rows]
-    return batch

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -105,6 +105,23 @@ def model_folder(name: str, report: Report, patience: float = 60) -> Path:
     Raises:
       TextError: There is no such folder, and no such model in the cache or on the hub.
     """
+    return _folder(name, "model", _MODEL_FILES, report, patience)
+
+
+def dataset_folder(
+    name: str, files: Sequence[str], report: Report, patience: float = 60
+) -> Path:
+    """Return the folder of a dataset's files; as of `model_folder`."""
+    return _folder(name, "dataset", files, report, patience)
+
+
+def _folder(
+    name: str,
+    kind: Literal["model", "dataset"],
+    files: Sequence[str],
+    report: Report,
+    patience: float,
+) -> Path:
     import huggingface_hub
 
     folder = Path(name).expanduser()
@@ -112,15 +129,18 @@ def model_folder(name: str, report: Report, patience: float = 60) -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise TextError(
-            f"{name} is no folder (seen from {Path.cwd()}), nor a model's name on the "
-            "hub, which is OWNER/MODEL."
+            f"{name} is no folder (seen from {Path.cwd()}), nor a {kind}'s name on the "
+            f"hub, which is OWNER/{kind.upper()}."
         )
     quiet_hub()
-    retries = Retries(f"hf://{name}", report, patience)
+    place = "" if kind == "model" else "datasets/"
+    retries = Retries(f"hf://{place}{name}", report, patience)
     while True:
         try:
             return Path(
-                huggingface_hub.snapshot_download(name, allow_patterns=_MODEL_FILES)
+                huggingface_hub.snapshot_download(
+                    name, repo_type=kind, allow_patterns=list(files)
+                )
             )
         except network_errors() as error:
             retries.wait_or_raise(error)

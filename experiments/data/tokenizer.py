@@ -12,6 +12,7 @@ import sentencepiece
 import tokenizers
 
 from experiments.data.corpus import fingerprint_texts
+from experiments.data.text_files import TextError
 
 EOS = "<|endoftext|>"
 """End-of-document token of the tokenizers trained here; its id is 0."""
@@ -117,6 +118,24 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if data.lstrip().startswith(b"{"):
         return _HuggingFaceTokenizer(data, path)
     return _SentencePieceTokenizer(data, path)
+
+
+def load_model_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """Load the tokenizer.json that lies beside a model; it neither pads nor cuts.
+
+    Raises:
+      TextError: There is none, or it is damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise TextError(f"{folder} has no tokenizer.json.")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise TextError(f"{path} is no tokenizer: {error}.") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 class _HuggingFaceTokenizer:

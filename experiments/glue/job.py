@@ -1,7 +1,6 @@
 """What a run on a task of GLUE trains, and how it is judged."""
 
 import dataclasses
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,18 +12,19 @@ import optax
 from rich.console import Console
 
 from experiments.assembly import make_parts
-from experiments.configs.glue import GlueConfig
+from experiments.configs.glue import EncoderModelConfig, GlueConfig
+from experiments.configs.run import MeshConfig
 from experiments.data import glue
 from experiments.data.example_batches import (
     Encoded,
     TrainingExamples,
     encode,
     evaluation_batches,
-    load_pair_tokenizer,
 )
 from experiments.data.glue import Split, Task
 from experiments.data.hub import model_folder
-from experiments.models import lora
+from experiments.data.tokenizer import load_model_tokenizer
+from experiments.models import huggingface, lora
 from experiments.models.encoder import functional_encoder
 from experiments.models.encoder_checkpoint import (
     load_encoder,
@@ -32,7 +32,6 @@ from experiments.models.encoder_checkpoint import (
     save_encoder,
 )
 from experiments.models.encoder_config import EncoderConfig
-from experiments.models.huggingface import CONFIG
 from experiments.training import distributed
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Plan
@@ -60,7 +59,9 @@ def prepare(
     task, report = glue.TASKS[config.data.task], reporter(console)
     with console.status("Reading encoder and examples", spinner="line"):
         source = model_folder(config.model.name, report)
-        shape = encoder_config(config, source)
+        shape = encoder_config(
+            config.model, config.data.max_length, config.mesh, source
+        )
         texts, facts = read_texts(config, task, source, shape, report)
     init_params, apply = functional_encoder(
         shape, task.outputs, config.optimization.adapter
@@ -72,10 +73,6 @@ def prepare(
     steps = config.run.epochs * an_epoch
     predict = make_predict(apply, layout, config.run.batch_size)
 
-    def merge(params: optax.Params) -> optax.Params:
-        adapter = config.optimization.adapter
-        return params if adapter is None else lora.merge(params, adapter.scale)
-
     def evaluate(params: optax.Params) -> Row:
         outputs = {
             split: predict(params, encoded)
@@ -84,7 +81,8 @@ def prepare(
         return judge(task, outputs, texts.validation)
 
     def finish(params: optax.Params) -> None:
-        merged = jax.jit(merge, out_shardings=layout.whole)(params)
+        adapter = config.optimization.adapter
+        merged = lora.without_adapter(params, adapter, layout.whole)
         if distributed.is_first():
             save_encoder(folder.model, shape, merged)
             shutil.copy(source / "tokenizer.json", folder.model)
@@ -112,14 +110,16 @@ def prepare(
     )
 
 
-def encoder_config(config: GlueConfig, folder: Path) -> EncoderConfig:
+def encoder_config(
+    wanted: EncoderModelConfig, max_length: int, mesh: MeshConfig, folder: Path
+) -> EncoderConfig:
     """Returns the shape of the encoder in a folder, with a run's settings.
 
     Raises:
         ValueError: It has fewer positions than examples may have tokens, or heads that
             the mesh does not divide.
     """
-    shape, wanted = read_encoder_config(folder), config.model
+    shape = read_encoder_config(folder)
     shape = dataclasses.replace(
         shape,
         dropout=shape.dropout if wanted.dropout is None else wanted.dropout,
@@ -127,15 +127,15 @@ def encoder_config(config: GlueConfig, folder: Path) -> EncoderConfig:
         dtype=wanted.dtype,
         remat=wanted.remat,
     )
-    if config.data.max_length > shape.max_length:
+    if max_length > shape.max_length:
         raise ValueError(
-            f"--max-length {config.data.max_length} is more than the "
-            f"{shape.max_length} positions of {config.model.name}: give at most that."
+            f"--max-length {max_length} is more than the "
+            f"{shape.max_length} positions of {wanted.name}: give at most that."
         )
-    if shape.num_heads % config.mesh.tensor:
+    if shape.num_heads % mesh.tensor:
         raise ValueError(
-            f"--mesh.tensor {config.mesh.tensor} must divide the {shape.num_heads} "
-            f"heads of {config.model.name}."
+            f"--mesh.tensor {mesh.tensor} must divide the {shape.num_heads} "
+            f"heads of {wanted.name}."
         )
     return shape
 
@@ -153,7 +153,7 @@ def read_texts(
         The examples, and fingerprints of them and of the encoder.
     """
     data = config.data
-    tokenizer = load_pair_tokenizer(folder, data.max_length)
+    tokenizer = load_model_tokenizer(folder)
 
     def read(split: Split) -> Encoded:
         examples = glue.load(
@@ -165,7 +165,12 @@ def read_texts(
         )
         if split == task.train:
             examples = examples.first(data.train_examples)
-        return encode(tokenizer, examples, token_types=shape.token_types)
+        return encode(
+            tokenizer,
+            examples,
+            max_length=data.max_length,
+            token_types=shape.token_types,
+        )
 
     train = read(task.train)
     validation = {split: read(split) for split in task.validation}
@@ -173,13 +178,13 @@ def read_texts(
     facts = {
         "train": train.fingerprint,
         "validation": ",".join(one.fingerprint for one in validation.values()),
-        "encoder": fingerprint_of_model(folder),
+        "encoder": huggingface.fingerprint(folder),
     }
     return Texts(train, validation, test), facts
 
 
 def example_loss(apply: Apply, task: Task) -> LossFn:
-    """Makes the loss of a task, of batches as `example_batches.collate` makes them."""
+    """Makes the loss of a task, of batches as `Encoded.collate` makes them."""
 
     def loss_fn(params: optax.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         key = jax.random.key(jnp.sum(batch["noise"]))
@@ -243,12 +248,3 @@ def judge(
         for name, score in glue.scores(task, some, labels).items():
             row[f"validation_{name}{more}"] = score
     return row
-
-
-def fingerprint_of_model(folder: Path) -> str:
-    """Returns a SHA-256 of a folder's config and weights, in hex."""
-    digest = hashlib.sha256()
-    for path in [folder / CONFIG, *sorted(folder.glob("*.safetensors"))]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

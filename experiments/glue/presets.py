@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from experiments.configs.command_line import parse_with_preset
+from experiments.configs.finetuning import FineTuningRunConfig
 from experiments.configs.glue import (
+    EncoderModelConfig,
     GlueConfig,
     GlueDataConfig,
-    GlueModelConfig,
     GluePreset,
-    GlueRunConfig,
 )
 from experiments.configs.optimizer import Method, OptimizerConfig, OptimizerName
 
@@ -21,7 +21,7 @@ _MINILM_RATES: dict[OptimizerName, float] = {"adamw": 1e-4, "lora": 1e-3}
 
 def preset(name: GluePreset, method: OptimizerName) -> GlueConfig:
     """Returns the settings of a recipe for a method."""
-    run, model, data = GlueRunConfig(), GlueModelConfig(), GlueDataConfig()
+    run, model, data = FineTuningRunConfig(), EncoderModelConfig(), GlueDataConfig()
     optimization = OptimizerConfig(
         optimizer=method,
         learning_rate=2e-5,
@@ -38,10 +38,10 @@ def preset(name: GluePreset, method: OptimizerName) -> GlueConfig:
         case "paper":
             pass
         case "galore":
-            run = GlueRunConfig(epochs=30, batch_size=16)
+            run = FineTuningRunConfig(epochs=30, batch_size=16)
             optimization = dataclasses.replace(optimization, learning_rate=3e-5)
         case "minilm":
-            model = GlueModelConfig(name="sentence-transformers/all-MiniLM-L6-v2")
+            model = EncoderModelConfig(name="sentence-transformers/all-MiniLM-L6-v2")
             data = GlueDataConfig(max_length=64)
             full = method == "adamw"
             optimization = dataclasses.replace(

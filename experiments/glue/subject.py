@@ -49,7 +49,9 @@ class Glue:
         task = TASKS[config.data.task]
         folder = model_folder(config.model.name, print)
         init_params, apply = functional_encoder(
-            encoder_config(config, folder), task.outputs, config.optimization.adapter
+            encoder_config(config.model, config.data.max_length, config.mesh, folder),
+            task.outputs,
+            config.optimization.adapter,
         )
         loss = example_loss(apply, task)
         return make_parts(config, 1, init_params, loss, self.unit)
@@ -65,7 +67,9 @@ class Glue:
                 continue
             with console.status(f"Reading {config.data.task}", spinner="line"):
                 source = model_folder(config.model.name, report)
-                shape = encoder_config(config, source)
+                shape = encoder_config(
+                    config.model, config.data.max_length, config.mesh, source
+                )
                 task = TASKS[config.data.task]
                 _, facts = read_texts(config, task, source, shape, report)
             found[config.data.task] = facts

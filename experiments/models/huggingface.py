@@ -5,8 +5,9 @@ transposed there, and their layers are not stacked.
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise CheckpointError(f"{path} holds no JSON object.")
     return facts
+
+
+def sha256(files: Iterable[Path]) -> str:
+    """Returns the SHA-256 of files' contents, one after another, in hex."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Returns a SHA-256 of a folder's config and weights, in hex."""
+    return sha256([folder / CONFIG, *sorted(folder.glob("*.safetensors"))])
 
 
 def tensor_names(folder: Path) -> set[str]:

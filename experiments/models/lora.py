@@ -211,6 +211,17 @@ def merge(params: Any, scale: float) -> Any:
     return jax.tree.map(fold, params, is_leaf=is_adapted)
 
 
+def without_adapter(
+    params: Any, adapter: Adapter | None, sharding: jax.sharding.Sharding | None
+) -> Any:
+    """Return parameters with the factors folded in, compiled, onto a sharding."""
+
+    def fold(params: Any) -> Any:
+        return params if adapter is None else merge(params, adapter.scale)
+
+    return jax.jit(fold, out_shardings=sharding)(params)
+
+
 def _spec(x: jax.Array) -> P:
     """Spec of an array under explicit axes, an entry for every axis."""
     spec = jax.typeof(x).sharding.spec

@@ -12,7 +12,7 @@ import pytest
 
 from experiments.configs.optimizer import OptimizerName
 from experiments.data.batches import Share
-from experiments.data.example_batches import Encoded, collate
+from experiments.data.example_batches import Encoded
 from experiments.data.glue import TASKS
 from experiments.data.hub import model_folder
 from experiments.data.text_files import TextError
@@ -57,7 +57,7 @@ ENCODED = Encoded(
 def test_noise_draws_the_dropout_of_training_and_padding_rows_do_not_count(encoder):
     params, apply = encoder
     loss = jax.jit(example_loss(apply, TASKS["rte"]))
-    batch = collate(ENCODED, np.arange(3), 4)
+    batch = ENCODED.collate(np.arange(3), 4)
 
     def at(noise, **changed):
         noisy = {"noise": np.full(4, noise, np.uint32)}
@@ -105,7 +105,7 @@ def test_what_is_frozen_has_no_gradient(model):
         given = f"--method adamw --others {others} --model.name {model} --max-length 16"
         parts = GLUE.parts(parse(given.split()))
         params = jax.jit(parts.init_params)(jax.random.key(0))
-        batch = collate(ENCODED, np.arange(3), 4) | {"noise": np.ones(4, np.uint32)}
+        batch = ENCODED.collate(np.arange(3), 4) | {"noise": np.ones(4, np.uint32)}
         gradients[others] = jax.jit(jax.grad(parts.loss_fn, has_aux=True))(
             params, batch
         )[0]
@@ -160,7 +160,8 @@ def test_a_model_is_a_folder_or_the_hub_s(model, monkeypatch):
         model_folder("no/such/folder", print)
     asked = []
 
-    def download(name, allow_patterns):
+    def download(name, repo_type, allow_patterns):
+        assert repo_type == "model"
         asked.append((name, allow_patterns))
         if len(asked) == 1:
             raise ConnectionError("not yet")
@@ -175,7 +176,7 @@ def test_a_model_is_a_folder_or_the_hub_s(model, monkeypatch):
     assert name == "FacebookAI/roberta-base"
     assert not any("bin" in pattern or ".py" in pattern for pattern in files)
 
-    def refuse(name, allow_patterns):
+    def refuse(name, repo_type, allow_patterns):
         raise PermissionError("gated")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)

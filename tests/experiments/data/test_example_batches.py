@@ -10,10 +10,10 @@ from experiments.data.example_batches import (
     TrainingExamples,
     encode,
     evaluation_batches,
-    load_pair_tokenizer,
 )
 from experiments.data.glue import Examples
 from experiments.data.text_files import TextError
+from experiments.data.tokenizer import load_model_tokenizer
 from tests.experiments import small_encoder
 
 COUNT, BATCH = 45, 8
@@ -108,21 +108,25 @@ def test_evaluation_sees_every_example_once(encoded):
 
 def test_texts_are_tokenized_as_the_model_s_tokenizer_says(tmp_path):
     folder = small_encoder.write_encoder(tmp_path, "bert")
-    tokenizer = load_pair_tokenizer(folder, 8)
+    tokenizer = load_model_tokenizer(folder)
     pairs = Examples([("the cat sat", "a dog ran on the mat")], np.array([1]))
-    one = encode(tokenizer, pairs, token_types=2)
+    one = encode(tokenizer, pairs, max_length=8, token_types=2)
     cls, sep = 1, 2
     words = {word: n for n, word in enumerate(small_encoder.WORDS, start=4)}
     kept = ["the", "cat"], ["a", "dog", "ran"]  # the longer one is cut first
     first, second = ([words[word] for word in text] for text in kept)
     np.testing.assert_array_equal(one.tokens[0], [cls, *first, sep, *second, sep])
     np.testing.assert_array_equal(one.types[0], [0] * 4 + [1] * 4)
-    np.testing.assert_array_equal(encode(tokenizer, pairs, token_types=1).types[0], 0)
-    other = encode(tokenizer, Examples(pairs.texts, np.array([0])), token_types=2)
+    np.testing.assert_array_equal(
+        encode(tokenizer, pairs, max_length=8, token_types=1).types[0], 0
+    )
+    other = encode(
+        tokenizer, Examples(pairs.texts, np.array([0])), max_length=8, token_types=2
+    )
     assert other.fingerprint != one.fingerprint
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(TextError, match=r"tokenizer\.json is no tokenizer"):
-        load_pair_tokenizer(folder, 8)
+        load_model_tokenizer(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(TextError, match=r"has no tokenizer\.json"):
-        load_pair_tokenizer(folder, 8)
+        load_model_tokenizer(folder)

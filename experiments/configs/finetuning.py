@@ -1,0 +1,52 @@
+"""Settings that all commands have in common that train a pretrained model on."""
+
+import dataclasses
+from typing import Any
+
+import tyro
+
+from experiments.configs.run import RunConfig, TrainingConfig, check_at_least
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuningRunConfig(RunConfig):
+    """How long, and where it is kept.
+
+    Attributes:
+        epochs: Times that all examples are learnt from; an evaluation and a checkpoint
+            end each. What is kept is the model of the best one.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuningConfig(TrainingConfig):
+    """What is the same for whatever is fine-tuned.
+
+    A command adds `data`, which has a `data`, and `model`, which has a `name`.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[FineTuningRunConfig]
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything."""
+        super().__post_init__()
+        check_at_least(1, self.run, "epochs")
+        if self.optimization.accumulate == "subspace":
+            raise ValueError("--accumulate subspace is not for fine-tuning.")
+        if self.optimization.optimizer == "low_rank":
+            raise ValueError(
+                "low_rank has no kernels that pretrained weights could be loaded into: "
+                "lora keeps them beside its factors."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what must be equal for one run to go on from another's state.
+
+        The fingerprints of data, tokenizer and weights are for the caller to add.
+        """
+        config = super().identity() | {"epochs": self.run.epochs}
+        del config["data"]["data"], config["model"]["name"]
+        return config
