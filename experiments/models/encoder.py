@@ -277,6 +277,18 @@ def functional_encoder(
     return init_params, apply
 
 
+def functional_encode(config: EncoderConfig, classes: int) -> Callable[..., jax.Array]:
+    """Returns `params, tokens, lengths, types -> (B, T, D)`, as of `Encoder.encode`."""
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(lambda: Encoder(config, classes, rngs=nnx.Rngs(0)))
+    )
+
+    def encode(params: optax.Params, *inputs: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params).encode(*inputs)
+
+    return encode
+
+
 def dropout(x: jax.Array, rate: float, key: _Key) -> jax.Array:
     """Zero a share ``rate`` of the entries, scale up the others; none without key."""
     if key is None or not rate:

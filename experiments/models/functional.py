@@ -1,12 +1,13 @@
 """The Llama as pure functions, which is what transformations of JAX and optax take."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 from flax import nnx
 
-from experiments.models.llama import Llama, LlamaConfig
+from experiments.models.llama import Cache, Llama, LlamaConfig
 from experiments.models.lora import Adapter
 
 
@@ -32,3 +33,16 @@ def functional_llama(
         return nnx.merge(graphdef, params)(tokens, segments)
 
     return init_params, apply
+
+
+def functional_extend(config: LlamaConfig) -> Callable[..., tuple[jax.Array, Cache]]:
+    """Returns `params, tokens, positions, last, cache -> logits, cache`.
+
+    As of `Llama.extend`.
+    """
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+
+    def extend(params: optax.Params, *inputs: Any) -> tuple[jax.Array, Cache]:
+        return nnx.merge(graphdef, params).extend(*inputs)
+
+    return extend

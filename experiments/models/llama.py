@@ -29,6 +29,7 @@ References:
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,13 @@ from experiments.models.lora import Adapter
 from experiments.models.projection import Projection
 
 __all__ = ["PRESETS", "Llama", "LlamaConfig", "parameter_count"]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions so far, ``(B, S, G, K)`` of a layer each."""
+
+    keys: jax.Array
+    values: jax.Array
 
 
 class Attention(nnx.Module):
@@ -63,23 +71,52 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BxTxD: jax.Array,
-        angles_TxK2: jax.Array,
+        angles_BxTxK2: jax.Array,
         allowed_Bx1xTxT: jax.Array | None,
     ) -> jax.Array:
         """Attend to the positions up to each one, those allowed if not None."""
+        y_BxTxHxK = jax.nn.dot_product_attention(
+            *self._heads(x_BxTxD, angles_BxTxK2), mask=allowed_Bx1xTxT, is_causal=True
+        )
+        return self.o_proj(y_BxTxHxK.reshape(x_BxTxD.shape))
+
+    def extend(
+        self,
+        x_BxTxD: jax.Array,
+        angles_BxTxK2: jax.Array,
+        positions_BxT: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """Put positions into the cache and attend to all in it up to each one."""
+        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = self._heads(x_BxTxD, angles_BxTxK2)
+        rows_Bx1 = jnp.arange(len(positions_BxT))[:, None]
+        cache = Cache(
+            placement.pin_heads(cache.keys.at[rows_Bx1, positions_BxT].set(k_BxTxGxK)),
+            placement.pin_heads(
+                cache.values.at[rows_Bx1, positions_BxT].set(v_BxTxGxK)
+            ),
+        )
+        slots_S = jnp.arange(cache.keys.shape[1])
+        seen_BxTxS = slots_S[None, None] <= positions_BxT[..., None]
+        y_BxTxHxK = jax.nn.dot_product_attention(
+            q_BxTxHxK, *cache, mask=seen_BxTxS[:, None]
+        )
+        return self.o_proj(y_BxTxHxK.reshape(x_BxTxD.shape)), cache
+
+    def _heads(
+        self, x_BxTxD: jax.Array, angles_BxTxK2: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries and keys, both rotated, and values."""
         x_BxTxD = self.q_proj.place_input(x_BxTxD)
         q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = (
             placement.split_heads(y, self.config.head_size)
             for y in (self.q_proj(x_BxTxD), self.k_proj(x_BxTxD), self.v_proj(x_BxTxD))
         )
-        y_BxTxHxK = jax.nn.dot_product_attention(
-            rotate(q_BxTxHxK, angles_TxK2),
-            rotate(k_BxTxGxK, angles_TxK2),
+        return (
+            rotate(q_BxTxHxK, angles_BxTxK2),
+            rotate(k_BxTxGxK, angles_BxTxK2),
             v_BxTxGxK,
-            mask=allowed_Bx1xTxT,
-            is_causal=True,
         )
-        return self.o_proj(y_BxTxHxK.reshape(x_BxTxD.shape))
 
 
 class Mlp(nnx.Module):
@@ -117,14 +154,30 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x_BxTxD: jax.Array,
-        angles_TxK2: jax.Array,
+        angles_BxTxK2: jax.Array,
         allowed_Bx1xTxT: jax.Array | None,
     ) -> jax.Array:
         """Add the attention and feed-forward updates to the residual stream."""
-        dtype = x_BxTxD.dtype
-        h_BxTxD = self.input_norm(x_BxTxD).astype(dtype)
-        x_BxTxD = x_BxTxD + self.attention(h_BxTxD, angles_TxK2, allowed_Bx1xTxT)
-        h_BxTxD = self.post_attention_norm(x_BxTxD).astype(dtype)
+        h_BxTxD = self.input_norm(x_BxTxD).astype(x_BxTxD.dtype)
+        x_BxTxD = x_BxTxD + self.attention(h_BxTxD, angles_BxTxK2, allowed_Bx1xTxT)
+        return self._feed_forward(x_BxTxD)
+
+    def extend(
+        self,
+        x_BxTxD: jax.Array,
+        angles_BxTxK2: jax.Array,
+        positions_BxT: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """Do so after what the cache holds; as of `Attention.extend`."""
+        h_BxTxD = self.input_norm(x_BxTxD).astype(x_BxTxD.dtype)
+        y_BxTxD, cache = self.attention.extend(
+            h_BxTxD, angles_BxTxK2, positions_BxT, cache
+        )
+        return self._feed_forward(x_BxTxD + y_BxTxD), cache
+
+    def _feed_forward(self, x_BxTxD: jax.Array) -> jax.Array:
+        h_BxTxD = self.post_attention_norm(x_BxTxD).astype(x_BxTxD.dtype)
         return placement.pin_positions(x_BxTxD + self.mlp(h_BxTxD))
 
 
@@ -179,9 +232,7 @@ class Llama(nnx.Module):
           NaN.
         """
         config = self.config
-        angles_TxK2 = rope_angles(
-            tokens_BxT.shape[1], config.head_size, config.rope_theta
-        )
+        angles_1xTxK2 = rope_angles(jnp.arange(tokens_BxT.shape[1])[None], config)
         allowed_Bx1xTxT = None
         if segments_BxT is not None:
             segments_BxT = placement.pin_batch(segments_BxT)
@@ -191,43 +242,80 @@ class Llama(nnx.Module):
 
         def run_layer(x_BxTxD: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
             module = nnx.merge(graphdef, layer)
-            return module(x_BxTxD, angles_TxK2, allowed_Bx1xTxT), None
+            return module(x_BxTxD, angles_1xTxK2, allowed_Bx1xTxT), None
 
         if config.remat != "none":
             run_layer = jax.checkpoint(
                 run_layer, prevent_cse=False, policy=REMAT_POLICIES[config.remat]
             )
         x_BxTxD, _ = jax.lax.scan(run_layer, self.embed_tokens(tokens_BxT), stacked)
+        return placement.pin_positions(self._logits(x_BxTxD))
 
+    def extend(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array,
+        last_B: jax.Array,
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """Return logits of the token after one of the given ones, and a longer cache.
+
+        Args:
+          tokens_BxT: int32 ``(B, T)``, after those in the cache.
+          positions_BxT: int32 ``(B, T)``, their positions in their sequences, below the
+            cache's S. What is at a position already is replaced; later positions are
+            not seen.
+          last_B: int32 ``(B,)``, which of the T has its logits returned.
+          cache: Of all layers, ``(L, B, S, G, K)`` each.
+
+        Returns:
+          float32 logits ``(B, V)``, and the cache with the tokens.
+        """
+        angles_BxTxK2 = rope_angles(positions_BxT, self.config)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def run_layer(
+            x_BxTxD: jax.Array, layer: tuple[nnx.State, Cache]
+        ) -> tuple[jax.Array, Cache]:
+            state, cache = layer
+            module = nnx.merge(graphdef, state)
+            return module.extend(x_BxTxD, angles_BxTxK2, positions_BxT, cache)
+
+        x_BxTxD, cache = jax.lax.scan(
+            run_layer, self.embed_tokens(tokens_BxT), (stacked, cache)
+        )
+        x_Bx1xD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)
+        return self._logits(x_Bx1xD)[:, 0], cache
+
+    def _logits(self, x_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = self.norm(x_BxTxD).astype(x_BxTxD.dtype)
-        if config.tie_embeddings:
-            logits_BxTxV = self.embed_tokens.logits(x_BxTxD)
-        else:
-            logits_BxTxV = self.lm_head(x_BxTxD, out_dtype=jnp.float32)
-        return placement.pin_positions(logits_BxTxV)
+        if self.config.tie_embeddings:
+            return self.embed_tokens.logits(x_BxTxD)
+        return self.lm_head(x_BxTxD, out_dtype=jnp.float32)
 
 
-def rope_angles(length: int, head_size: int, theta: float) -> jax.Array:
-    """Return the rotary angles: position times frequency, float32 ``(T, K / 2)``.
+def rope_angles(positions_BxT: jax.Array, config: LlamaConfig) -> jax.Array:
+    """Return the rotary angles: position times frequency, float32 ``(B, T, K / 2)``.
 
-    Pair i of a head turns by ``t * theta ** (-2 i / K)`` at position t.
+    Pair i of a head turns by ``t / factor * theta ** (-2 i / K)`` at position t.
     """
-    exponents = jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size
-    positions = jnp.arange(length, dtype=jnp.float32)
-    return jnp.outer(positions, theta**-exponents)
+    width = config.head_size
+    exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
+    turns_K2 = config.rope_theta**-exponents / config.rope_factor
+    return positions_BxT[..., None].astype(jnp.float32) * turns_K2[None, None]
 
 
-def rotate(x_BxTxHxK: jax.Array, angles_TxK2: jax.Array) -> jax.Array:
+def rotate(x_BxTxHxK: jax.Array, angles_BxTxK2: jax.Array) -> jax.Array:
     """Turn each pair ``(x[i], x[i + K / 2])`` of a head by its position's angle.
 
     Args:
       x_BxTxHxK: Queries or keys.
-      angles_TxK2: From :func:`rope_angles`.
+      angles_BxTxK2: From :func:`rope_angles`; B may be one for all.
 
     Returns:
       The rotated heads in x's dtype, computed in float32.
     """
-    angles = angles_TxK2[None, :, None, :]
+    angles = angles_BxTxK2[:, :, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)

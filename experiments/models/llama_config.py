@@ -18,6 +18,8 @@ class LlamaConfig:
       num_kv_heads: Key and value heads, a divisor of num_heads. None: as many
         (multi-head attention).
       rope_theta: Base of the rotary wavelengths.
+      rope_factor: Positions are divided by it, which stretches what the model was
+        trained on over longer sequences.
       norm_eps: Added to the mean square in RMSNorm.
       tie_embeddings: Whether the output layer is the embedding, transposed.
       param_dtype: Format that parameters are stored in. float32 beside a bfloat16
@@ -39,6 +41,7 @@ class LlamaConfig:
     num_layers: int
     num_kv_heads: int | None = None
     rope_theta: float = 10_000.0
+    rope_factor: float = 1.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     param_dtype: Dtype = "float32"
@@ -56,6 +59,7 @@ class LlamaConfig:
             "num_layers",
             "kv_heads",
             "rope_theta",
+            "rope_factor",
             "norm_eps",
         )
         if self.hidden_size % (2 * self.num_heads):

@@ -122,6 +122,12 @@ def split_heads(x: jax.Array, head_size: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], heads, head_size)
 
 
+def pin_heads(x: jax.Array) -> jax.Array:
+    """Split ``x`` ``(B, T, H, K)`` over the batch axes and its heads over tensor."""
+    batch, *_ = _spec(x.shape)
+    return _place(x, P(batch, None, TENSOR, None))
+
+
 def look_up(table: jax.Array, tokens: jax.Array, name: str) -> jax.Array:
     """Return the rows of the stored table of module ``name`` at tokens.
 

@@ -273,7 +273,9 @@ def test_one_segment_is_the_whole_sequence() -> None:
 def test_rotated_scores_depend_on_the_distance_alone() -> None:
     length, width = 9, 8
     q, k = np.random.default_rng(0).normal(size=(2, width)).astype(np.float32)
-    angles = rope_angles(length, width, 100.0)
+    config = dataclasses.replace(CONFIG, num_kv_heads=None)
+    assert config.head_size == width and config.rope_theta == 100
+    angles = rope_angles(jnp.arange(length)[None], config)
     turned = [
         rotate(jnp.broadcast_to(x, (1, length, 1, width)), angles)[0, :, 0]
         for x in (q, k)
