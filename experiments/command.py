@@ -20,7 +20,22 @@ from experiments.training.report import Report
 from experiments.training.run import Job, Layout, run
 from experiments.training.state import TrainState
 
-_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+def explain_memory(error: jax.errors.JaxRuntimeError, remedy: str) -> int:
+    """Says what to try where memory is too small, and returns the exit code.
+
+    Raises:
+        JaxRuntimeError: The one given, if it is another.
+    """
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    print(
+        f"error: the devices' memory is too small ({first_line(error)}). Try {remedy}.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +78,14 @@ class Command:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            print(
-                f"error: the devices' memory is too small ({first_line(error)}). Try "
+            return explain_memory(
+                error,
                 "more --microbatches, --model.remat layer, --model.dtype bfloat16 or a "
-                "larger --mesh.fsdp.",
-                file=sys.stderr,
+                "larger --mesh.fsdp",
             )
-            return 1
         except KeyboardInterrupt:
             print("Interrupted with nothing new to save.", file=sys.stderr)
-            return _INTERRUPTED
+            return INTERRUPTED
         if outcome.stopped_by is not None:
             console.print(
                 f"Saved step {int(outcome.state.step)} of {outcome.steps} in "

@@ -17,6 +17,9 @@ from experiments.glue import presets as glue_presets
 from experiments.glue import table, table_config
 from experiments.study import config as study_config
 from experiments.study import report, sensitivity
+from experiments.tinyagent import evaluation, make, show
+from experiments.tinyagent import presets as tinyagent_presets
+from experiments.tinyagent import table as tinyagent_table
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
@@ -56,6 +59,8 @@ def parse(module, args):
             (table_config.parse_args if "all" in args else glue_presets.parse)(args)
         case "glue.table":
             tyro.cli(table.TableFolder, args=args)
+        case "tinyagent":
+            parse_tinyagent(args)
         case "kill_test":
             tyro.cli(kill_test.KillTestConfig, args=args)
         case "mesh_test":
@@ -68,6 +73,24 @@ def parse(module, args):
             tyro.cli(report.ReportConfig, args=args)
         case _:
             pytest.fail(f"say here how {module} reads its arguments")
+
+
+def parse_tinyagent(args):
+    match args:
+        case ["train", *rest]:
+            tinyagent_presets.parse(rest)
+        case ["tools", *rest]:
+            tinyagent_presets.parse_tools(rest)
+        case ["evaluate", *rest]:
+            evaluation.parse(rest)
+        case ["plan", *rest]:
+            show.parse(rest)
+        case ["table", *rest]:
+            tyro.cli(tinyagent_table.TableConfig, args=rest)
+        case ["make", *rest]:
+            tyro.cli(make.MakeConfig, args=rest)
+        case [_, *_]:
+            raise SystemExit(2)
 
 
 @pytest.mark.parametrize(("module", "args"), ALL)

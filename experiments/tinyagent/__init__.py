@@ -1,0 +1,1 @@
+"""Function calling: a Llama that plans calls of tools, as TinyAgent does."""
