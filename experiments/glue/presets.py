@@ -43,12 +43,11 @@ def preset(name: GluePreset, method: OptimizerName) -> GlueConfig:
         case "minilm":
             model = EncoderModelConfig(name="sentence-transformers/all-MiniLM-L6-v2")
             data = GlueDataConfig(max_length=64)
-            full = method == "adamw"
             optimization = dataclasses.replace(
                 optimization,
                 learning_rate=_MINILM_RATES.get(method, 3e-4),
                 adam_learning_rate=1e-3,
-                others="train" if full else "freeze",
+                others="freeze",
                 update_proj_gap=20,
             )
     return GlueConfig(
