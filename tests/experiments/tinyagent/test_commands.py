@@ -202,7 +202,7 @@ def test_what_was_learnt_is_not_asked(model, data, tmp_path, capsys):
 
 
 def test_a_mesh_learns_and_plans_the_same(model, data, trained, tmp_path):
-    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    mesh = ("--mesh.fsdp", "2", "--mesh.tensor", "2")
     assert train(model, data, tmp_path / "run", "--epochs", "1", *mesh) == 0
     for name in ("loss", "gradient_norm"):  # learning rates differ from the next on
         ours, theirs = rows(tmp_path / "run")[0][name], rows(trained)[0][name]
