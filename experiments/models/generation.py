@@ -36,11 +36,6 @@ class Continued:
     seconds: float
     compiled: bool
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Written by all rows together."""
-        return sum(map(len, self.tokens)) / self.seconds
-
 
 class Generator:
     """Continues prompts."""

