@@ -37,8 +37,7 @@ from experiments.bench.config import Bench, parse_args
 from experiments.bench.limits import Rates, measure_rates
 from experiments.bench.records import Row, Task, reason
 from experiments.bench.results import Results
-
-_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+from experiments.command import INTERRUPTED
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -65,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         work(all_tasks(bench, rates, console), results, bench, console)
     except KeyboardInterrupt:
-        code = _INTERRUPTED
+        code = INTERRUPTED
     else:
         code = 0
     names = plots.draw(results.rows, folder)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from experiments.assembly import make_parts
 from experiments.configs.glue import EncoderModelConfig, GlueConfig
-from experiments.configs.run import MeshConfig
+from experiments.configs.run import MeshConfig, TrainingConfig
 from experiments.data import glue
 from experiments.data.example_batches import (
     Encoded,
@@ -81,11 +81,7 @@ def prepare(
         return judge(task, outputs, texts.validation)
 
     def finish(params: optax.Params) -> None:
-        adapter = config.optimization.adapter
-        merged = lora.without_adapter(params, adapter, layout.whole)
-        if distributed.is_first():
-            save_encoder(folder.model, shape, merged)
-            shutil.copy(source / "tokenizer.json", folder.model)
+        save_model(params, config, shape, source, folder, layout)
         for split, encoded in texts.test.items():
             outputs = predict(params, encoded)
             if distributed.is_first():
@@ -230,6 +226,21 @@ def make_predict(
         return np.concatenate(kept)[np.argsort(order)]
 
     return predict
+
+
+def save_model(
+    params: optax.Params,
+    config: TrainingConfig,
+    shape: EncoderConfig,
+    source: Path,
+    folder: RunFolder,
+    layout: Layout,
+) -> None:
+    """Writes a fine-tuned encoder, without adapter, with its source's tokenizer."""
+    merged = lora.without_adapter(params, config.optimization.adapter, layout.whole)
+    if distributed.is_first():
+        save_encoder(folder.model, shape, merged)
+        shutil.copy(source / "tokenizer.json", folder.model)
 
 
 def judge(

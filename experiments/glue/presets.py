@@ -56,7 +56,9 @@ def preset(name: GluePreset, method: OptimizerName) -> GlueConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Choice:
+class Choice:
+    """What sets the defaults of everything else."""
+
     preset: GluePreset = "paper"
     optimizer: Method = "natural_galore"
 
@@ -66,4 +68,4 @@ def parse(args: Sequence[str] | None = None) -> GlueConfig:
 
     A mistake in them is explained on stderr and ends the process with code 2.
     """
-    return parse_with_preset(_Choice, preset, args, PROGRAM)
+    return parse_with_preset(Choice, preset, args, PROGRAM)

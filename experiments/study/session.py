@@ -10,13 +10,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from experiments.command import INTERRUPTED
 from experiments.study.arms import Arm
 from experiments.study.conduct import Conductor
 from experiments.study.records import Records
 from experiments.study.subject import Subject
 from experiments.study.tuning import Budget
-
-_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
 def start(make: Callable[[Sequence[str]], "Session"], args: Sequence[str]) -> int:
@@ -84,7 +83,7 @@ class Session:
             configs = [arm.config for arm in self.arms]
             shared = self.subject.prepare(configs, runs / "text", console)
         except KeyboardInterrupt:
-            return _INTERRUPTED
+            return INTERRUPTED
         records.check(self.arms, self.subject, shared)
         conductor = Conductor(
             self.arms,

@@ -82,12 +82,6 @@ class _Choice:
     optimizer: Method = "natural_galore"
 
 
-@dataclasses.dataclass(frozen=True)
-class _ToolsChoice:
-    preset: GluePreset = "paper"
-    optimizer: Method = "natural_galore"
-
-
 def parse(args: Sequence[str] | None = None) -> TinyAgentConfig:
     """Reads a config from command-line arguments (None: those of the process).
 
@@ -98,4 +92,6 @@ def parse(args: Sequence[str] | None = None) -> TinyAgentConfig:
 
 def parse_tools(args: Sequence[str] | None = None) -> ToolsConfig:
     """Reads the same of what tells tools."""
-    return parse_with_preset(_ToolsChoice, tools_preset, args, f"{PROGRAM} tools")
+    return parse_with_preset(
+        glue_presets.Choice, tools_preset, args, f"{PROGRAM} tools"
+    )

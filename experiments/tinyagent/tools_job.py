@@ -1,6 +1,5 @@
 """What a run trains that learns which tools a request needs, and how it is judged."""
 
-import shutil
 from collections.abc import Sequence
 
 import jax
@@ -16,14 +15,13 @@ from experiments.data.example_batches import TrainingExamples, encode
 from experiments.data.glue import Examples
 from experiments.data.hub import model_folder
 from experiments.data.tokenizer import load_model_tokenizer
-from experiments.glue.job import Apply, encoder_config, make_predict
-from experiments.models import huggingface, lora
+from experiments.glue.job import Apply, encoder_config, make_predict, save_model
+from experiments.models import huggingface
 from experiments.models.encoder import functional_encoder
-from experiments.models.encoder_checkpoint import load_encoder, save_encoder
+from experiments.models.encoder_checkpoint import load_encoder
 from experiments.tinyagent.dataset import Example
-from experiments.tinyagent.examples import load_training
+from experiments.tinyagent.examples import load_training, tools_of
 from experiments.tinyagent.sandbox import TOOLS
-from experiments.training import distributed
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Plan
 from experiments.training.microbatches import Batch, LossFn
@@ -65,13 +63,6 @@ def prepare(
     steps = config.run.epochs * an_epoch
     predict = make_predict(apply, layout, config.run.batch_size)
 
-    def finish(params: optax.Params) -> None:
-        adapter = config.optimization.adapter
-        merged = lora.without_adapter(params, adapter, layout.whole)
-        if distributed.is_first():
-            save_encoder(folder.model, shape, merged)
-            shutil.copy(source / "tokenizer.json", folder.model)
-
     facts = {
         "train": train.fingerprint,
         "validation": validation.fingerprint,
@@ -96,13 +87,13 @@ def prepare(
             "examples_per_second": examples / seconds
         },
         pretrained=lambda params: load_encoder(source, shape, params),
-        finish=finish,
+        finish=lambda params: save_model(params, config, shape, source, folder, layout),
     )
 
 
 def requests(examples: Sequence[Example]) -> Examples:
     """Returns requests, labelled (N, 16) with 1 for each tool that their plans call."""
-    called = [{step.tool for step in one.plan.steps} for one in examples]
+    called = [tools_of(one.plan) for one in examples]
     labels = [[name in tools for name in TOOLS] for tools in called]
     return Examples([(one.request,) for one in examples], np.array(labels, np.float32))
 
