@@ -12,7 +12,8 @@ papers (2403.03507, 2410.16029)       here           shape, for one matrix
 ====================================  =============  ==============================
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -37,7 +38,8 @@ class LowRankState(NamedTuple):
     """State of :func:`low_rank`; a leaf not projected holds ``MaskedNode()``."""
 
     count: jax.Array  # () int32
-    projector: optax.Updates  # (..., m, r) as stored, orthonormal columns
+    # (..., m, r), orthonormal columns; in int8 a storage.Int8 of two trees
+    projector: optax.Updates | storage.Int8
     inner: optax.OptState  # of inner on leaves (..., r, n), or AccumulationState
     residual: ResidualState  # no arrays without a residual
 
@@ -174,9 +176,9 @@ def low_rank(
             inner_state = inner.init(lows)
         return LowRankState(
             count=jnp.zeros([], jnp.int32),
-            projector=tree([how.basis(p) for how, p in plans]),
+            projector=storage.join(treedef, [how.basis(p) for how, p in plans]),
             inner=inner_state,
-            residual=_stacked(tree, [how.outside(p) for how, p in plans]),
+            residual=_stacked(treedef, [how.outside(p) for how, p in plans]),
         )
 
     def update(
@@ -190,7 +192,8 @@ def low_rank(
         del params
         gradients, treedef = jax.tree.flatten(updates)
         how = plan(updates)
-        tree, leaves_of = treedef.unflatten, treedef.flatten_up_to
+        tree = treedef.unflatten
+        leaves_of = functools.partial(storage.leaves_of, treedef)
         count = state.count
 
         gap = update_proj_gap * (accumulation_steps or 1)
@@ -235,19 +238,18 @@ def low_rank(
         )
         return tree(out), LowRankState(
             count=jnp.asarray(optax.safe_increment(count)),
-            projector=tree(bases),
+            projector=storage.join(treedef, bases),
             inner=inner_state,
-            residual=_stacked(tree, outside),
+            residual=_stacked(treedef, outside),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _stacked(
-    tree: Callable[[list[Any]], optax.Updates], leaves: list[ResidualState]
-) -> ResidualState:
+def _stacked(treedef: Any, leaves: list[ResidualState]) -> ResidualState:
     """States of single leaves as one of trees."""
-    return ResidualState(*map(tree, _transpose(len(ResidualState._fields), leaves)))
+    fields = _transpose(len(ResidualState._fields), leaves)
+    return ResidualState(*(storage.join(treedef, field) for field in fields))
 
 
 def _transpose(width: int, rows: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:

@@ -79,12 +79,14 @@ def scale_by_subspace_adam(
         if dtype is None:
             return adam.init(params)
 
+        leaves, treedef = jax.tree.flatten(params)
+
         def zeros(curve: storage.Curve) -> Any:
             def zero(leaf: Any) -> storage.Stored:
                 codec = storage.Codec(dtype, curve, storage.block_axes(leaf.ndim))
                 return codec.zeros(leaf.shape, work_dtype(leaf), sharding.spec_of(leaf))
 
-            return jax.tree.map(zero, params)
+            return storage.join(treedef, [zero(leaf) for leaf in leaves])
 
         return optax.ScaleByAdamState(
             jnp.zeros([], jnp.int32), zeros(_FIRST), zeros(_SECOND)
@@ -116,7 +118,7 @@ def _update_stored(
     *hyperparameters: jax.typing.ArrayLike,
 ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
     gradients, treedef = jax.tree.flatten(updates)
-    mu, nu = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
+    mu, nu = (storage.leaves_of(treedef, part) for part in (state.mu, state.nu))
     count = jnp.asarray(optax.safe_increment(state.count))
     directions = []
     for i, g in enumerate(gradients):
@@ -131,7 +133,7 @@ def _update_stored(
         )
         directions.append(direction)
     return treedef.unflatten(directions), optax.ScaleByAdamState(
-        count, treedef.unflatten(mu), treedef.unflatten(nu)
+        count, storage.join(treedef, mu), storage.join(treedef, nu)
     )
 
 
@@ -189,17 +191,15 @@ def rotate_moments(
 def _rotate(
     state: optax.ScaleByAdamState, rotation: optax.Updates
 ) -> optax.ScaleByAdamState:
-    treedef = jax.tree.structure(
-        state.mu, is_leaf=lambda x: isinstance(x, storage.Int8)
-    )
-    mu, nu = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
+    treedef = jax.tree.structure(storage.main_part(state.mu))
+    mu, nu = (storage.leaves_of(treedef, part) for part in (state.mu, state.nu))
     for i, q in enumerate(treedef.flatten_up_to(rotation)):
         if q is not None:
             first, second = _codecs(mu[i], nu[i], q.ndim)
             rotate = functools.partial(rotate_moments, first=first, second=second)
             specs = (first.specs_of(mu[i]), second.specs_of(nu[i]))
             mu[i], nu[i] = sharding.pinned(rotate, specs)(mu[i], nu[i], q)
-    return state._replace(mu=treedef.unflatten(mu), nu=treedef.unflatten(nu))
+    return state._replace(mu=storage.join(treedef, mu), nu=storage.join(treedef, nu))
 
 
 def _reset(

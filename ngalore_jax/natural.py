@@ -28,7 +28,8 @@ class NaturalGradientState(NamedTuple):
     """State of :func:`scale_by_natural_gradient`."""
 
     count: jax.Array  # () int32
-    history: optax.Updates  # (s, ..., r, n) as stored, a ring buffer over s
+    # (s, ..., r, n), a ring buffer over s; in int8 a storage.Int8 of two trees
+    history: optax.Updates | storage.Int8
     gram: optax.Updates  # (..., s, s) float32 (float64 for float64 leaves)
 
 
@@ -122,9 +123,11 @@ def scale_by_natural_gradient(
     dtype = storage.check_dtype("history_dtype", history_dtype)
 
     def init(params: optax.Params) -> NaturalGradientState:
+        leaves, treedef = jax.tree.flatten(params)
+        columns = [_zero_history(p, history, dtype) for p in leaves]
         return NaturalGradientState(
             jnp.zeros([], jnp.int32),
-            jax.tree.map(lambda p: _zero_history(p, history, dtype), params),
+            storage.join(treedef, columns),
             jax.tree.map(lambda p: _zero_gram(p, history), params),
         )
 
@@ -138,7 +141,7 @@ def scale_by_natural_gradient(
     ) -> tuple[optax.Updates, NaturalGradientState]:
         del params, extra_args
         gradients, treedef = jax.tree.flatten(updates)
-        columns = treedef.flatten_up_to(state.history)
+        columns = storage.leaves_of(treedef, state.history)
         grams = treedef.flatten_up_to(state.gram)
         if subspace_change is not None and at_refresh != "keep":
             reset = at_refresh == "reset"
@@ -166,7 +169,7 @@ def scale_by_natural_gradient(
             directions.append(direction)
         return treedef.unflatten(directions), NaturalGradientState(
             jnp.asarray(optax.safe_increment(state.count)),
-            treedef.unflatten(columns),
+            storage.join(treedef, columns),
             treedef.unflatten(grams),
         )
 

@@ -28,7 +28,7 @@ class ResidualState(NamedTuple):
     # (..., n) float32 (float64 for float64 leaves)
     energy: optax.Updates
     norm: optax.Updates  # (...) likewise, the norm of the term added last
-    momentum: optax.Updates  # like the leaf, as stored
+    momentum: Any  # like the leaf; in int8 a storage.Int8 of two trees
 
 
 class Columns(NamedTuple):

@@ -33,10 +33,12 @@ float times a power of two has the same mantissa.
 import dataclasses
 import enum
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ngalore_jax import sharding
 
@@ -49,13 +51,41 @@ _FLOAT_OFFSET = (127 - 31) << _MANTISSA_BITS
 
 
 class Int8(NamedTuple):
-    """An array as 8-bit integers: ``r + 2`` bytes for a block of ``r`` elements."""
+    """An array as 8-bit integers: ``r + 2`` bytes for a block of ``r`` elements.
 
-    values: jax.Array  # (..., r, n) int8, or uint8 where the curve has no sign
-    scale: jax.Array  # (..., n) bfloat16: the block's axis is gone
+    In a state, those of all leaves (:func:`join`).
+    """
+
+    values: Any  # (..., r, n) int8, or uint8 where the curve has no sign
+    scale: Any  # (..., n) bfloat16: the block's axis is gone
 
 
 Stored = jax.Array | Int8
+
+
+def join(treedef: Any, leaves: Sequence[Any]) -> Any:
+    """What a state holds of all leaves: a tree of arrays, or an ``Int8`` of two.
+
+    Never a tree of ``Int8``: who maps a function over it, or wraps every leaf as
+    ``nnx.Optimizer`` does, finds an array in each place (``MaskedNode()`` in that of
+    the scales of a leaf that has none).
+    """
+    if not any(isinstance(leaf, Int8) for leaf in leaves):
+        return treedef.unflatten(leaves)
+    nothing = optax.MaskedNode()
+    parts = [leaf if isinstance(leaf, Int8) else Int8(leaf, nothing) for leaf in leaves]
+    return Int8(*(treedef.unflatten(part) for part in zip(*parts, strict=True)))
+
+
+def leaves_of(treedef: Any, joined: Any) -> list[Any]:
+    """Inverse of :func:`join`."""
+    if not isinstance(joined, Int8):
+        return treedef.flatten_up_to(joined)
+    pairs = zip(*map(treedef.flatten_up_to, joined), strict=True)
+    return [
+        values if isinstance(scale, optax.MaskedNode) else Int8(values, scale)
+        for values, scale in pairs
+    ]
 
 
 class Curve(enum.Enum):
@@ -86,8 +116,8 @@ def check_dtype(name: str, dtype: jax.typing.DTypeLike | None) -> jnp.dtype | No
     return found
 
 
-def main_part(stored: Stored) -> jax.Array:
-    """The part that has the shape and the sharding of the array."""
+def main_part(stored: Any) -> Any:
+    """The part that has the shape and the sharding of the array, or of all of them."""
     return stored.values if isinstance(stored, Int8) else stored
 
 

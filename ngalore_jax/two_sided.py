@@ -6,6 +6,7 @@ What :mod:`ngalore_jax.low_rank` is to one side, for every side at once. The mat
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ class TwoSidedState(NamedTuple):
     """State of :func:`two_sided`."""
 
     count: jax.Array  # () int32
-    factors: optax.Updates  # a tuple of (..., n_k, r_k) a leaf, one a mode
+    # (..., n_k, r_k): a tree a mode k, MaskedNode() for a leaf of fewer modes
+    factors: tuple[optax.Updates, ...]
     inner: optax.OptState
     drift: optax.OptState  # AdamW's of the factors; empty unless they are online
 
@@ -74,7 +76,7 @@ def two_sided(
     def init(params: optax.Params) -> TwoSidedState:
         leaves, treedef = jax.tree.flatten(params)
         plans = list(zip(plan(params), leaves, strict=True))
-        factors = treedef.unflatten([how.factors(p) for how, p in plans])
+        factors = _by_mode(treedef, [how.factors(p) for how, p in plans])
         return TwoSidedState(
             count=jnp.zeros([], jnp.int32),
             factors=factors,
@@ -92,14 +94,14 @@ def two_sided(
     ) -> tuple[list[Factors], optax.OptState]:
         slopes = [h.slope(g, u) for h, g, u in zip(how, tensors, factors)]
         steps, drift_state = drift.update(
-            treedef.unflatten(slopes), drift_state, treedef.unflatten(factors)
+            _by_mode(treedef, slopes), drift_state, _by_mode(treedef, factors)
         )
         rate = factor_learning_rate
         rate = rate(count) if callable(rate) else rate
         moved = jax.tree.map(
             lambda u, step: u - jnp.asarray(rate, u.dtype) * step,
             factors,
-            treedef.flatten_up_to(steps),
+            _by_leaf(treedef, steps),
         )
         return moved, drift_state
 
@@ -120,7 +122,7 @@ def two_sided(
         factors = when(
             due,
             lambda old: [h.refresh(g, u) for h, g, u in zip(how, tensors, old)],
-            treedef.flatten_up_to(state.factors),
+            _by_leaf(treedef, state.factors),
         )
         cores = [h.project(g, u) for h, g, u in zip(how, tensors, factors)]
         directions, inner_state = inner.update(
@@ -143,12 +145,28 @@ def two_sided(
             )
         return treedef.unflatten(out), TwoSidedState(
             count=jnp.asarray(optax.safe_increment(count)),
-            factors=treedef.unflatten(factors),
+            factors=_by_mode(treedef, factors),
             inner=inner_state,
             drift=drift_state,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _by_mode(treedef: Any, leaves: list[Factors]) -> tuple[optax.Updates, ...]:
+    """Factors of leaves as a tree a mode."""
+    if not leaves:  # as when optax.tree.map_params asks what is like the parameters
+        return treedef.unflatten([])
+    columns = itertools.zip_longest(*leaves, fillvalue=optax.MaskedNode())
+    return tuple(treedef.unflatten(column) for column in columns)
+
+
+def _by_leaf(treedef: Any, trees: Any) -> list[Factors]:
+    """Inverse of :func:`_by_mode`."""
+    rows = zip(*(treedef.flatten_up_to(tree) for tree in trees), strict=True)
+    return [
+        tuple(u for u in row if not isinstance(u, optax.MaskedNode)) for row in rows
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

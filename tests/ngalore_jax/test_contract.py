@@ -262,34 +262,52 @@ def test_low_rank_hands_extra_arguments_to_inner():
     chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_parameters_of_an_nnx_model():
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.embed = nnx.Embed(8, 4, rngs=rngs)
-            self.up = nnx.Linear(4, 8, rngs=rngs)
-            self.norm = nnx.LayerNorm(8, rngs=rngs)
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(8, 4, rngs=rngs)
+        self.up = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
 
-        def __call__(self, tokens):
-            return self.norm(self.up(self.embed(tokens)))
+    def __call__(self, tokens):
+        return self.norm(self.up(self.embed(tokens)))
 
+
+def loss(model):
+    return jnp.mean(jnp.square(model(jnp.arange(8)) - 1))
+
+
+def test_an_nnx_optimizer_trains_as_the_transform_does():
+    tx = ng.natural_galore(0.1, rank=2, history=2, update_proj_gap=GAP)
     model = Model(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     graph, variables = nnx.split(model, nnx.Param)
     weights = nnx.as_pure(variables)
-    tx = ng.natural_galore(0.1, rank=2, history=2, update_proj_gap=GAP)
-    tokens = jnp.arange(8)
+    state = tx.init(weights)
+    assert low_rank_state(state).projector["up"]["kernel"].shape == (4, 2)
 
-    def loss(weights):
-        return jnp.mean(jnp.square(nnx.merge(graph, weights)(tokens) - 1))
+    @nnx.jit
+    def nnx_step(model, optimizer):
+        optimizer.update(model, nnx.grad(loss)(model))
 
     @jax.jit
     def step(weights, state):
-        updates, state = tx.update(jax.grad(loss)(weights), state, weights)
+        gradient = jax.grad(lambda weights: loss(nnx.merge(graph, weights)))(weights)
+        updates, state = tx.update(gradient, state, weights)
         return optax.apply_updates(weights, updates), state
 
-    state, start = tx.init(weights), loss(weights)
-    assert low_rank_state(state).projector["up"]["kernel"].shape == (4, 2)
+    start = loss(model)
     for _ in range(20):
+        nnx_step(model, optimizer)
         weights, state = step(weights, state)
-    assert loss(weights) < 0.5 * start
-    nnx.update(model, weights)
-    np.testing.assert_array_equal(model.up.kernel[...], weights["up"]["kernel"])
+    assert loss(model) < 0.5 * start
+    trained = nnx.as_pure(nnx.state(model, nnx.Param))
+    chex.assert_trees_all_close(trained, weights, rtol=1e-3, atol=1e-4)
+
+
+@every_transform
+def test_the_state_stays_whole_in_an_nnx_optimizer(name):
+    optimizer = nnx.Optimizer(Model(nnx.Rngs(0)), make(name), wrt=nnx.Param)
+    state = nnx.as_pure(optimizer.opt_state)
+    state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), state)
+    nnx.update(optimizer.opt_state, nnx.state(state))  # as its update does
+    chex.assert_trees_all_equal(nnx.as_pure(optimizer.opt_state), state)

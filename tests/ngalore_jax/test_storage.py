@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -358,3 +359,16 @@ def test_names_of_dtypes():
     for dtype in ("int4", jnp.int32, "uint8", "eight", bool):
         with pytest.raises(ValueError, match=r"history_dtype must be None, a float"):
             storage.check_dtype("history_dtype", dtype)
+
+
+def test_leaves_are_joined_to_two_trees_and_back():
+    nothing = optax.MaskedNode()
+    leaves = {"a": Int8(1, 2), "b": 3.0, "c": nothing}
+    treedef = jax.tree.structure({"a": 0, "b": 0, "c": 0})
+    joined = storage.join(treedef, list(leaves.values()))
+    values, scales = {"a": 1, "b": 3.0, "c": nothing}, dict.fromkeys("bc", nothing)
+    assert joined == Int8(values, {"a": 2} | scales)
+    assert storage.leaves_of(treedef, joined) == list(leaves.values())
+    plain = storage.join(treedef, [1, 2, nothing])
+    assert plain == {"a": 1, "b": 2, "c": nothing}
+    assert storage.leaves_of(treedef, plain) == [1, 2, nothing]

@@ -42,6 +42,11 @@ def run(stepper, gradients):
     return updates, states
 
 
+def of_stack(state):
+    """Factors of the leaf of that name, one a mode."""
+    return [tree["stack"] for tree in state.factors]
+
+
 def test_inner_sees_one_vector_a_tensor():
     seen = []
 
@@ -61,14 +66,14 @@ def test_updates_are_projections_on_the_factors():
     updates, states = run(stepper(), stream())
     for gradient, update, state in zip(stream(), updates, states[1:]):
         for i in range(2):
-            factors = [np.asarray(u[i]) for u in state.factors["stack"]]
+            factors = [np.asarray(u[i]) for u in of_stack(state)]
             core = published.core(gradient["stack"][i], factors)
             expected = published.expand(core, factors)
             np.testing.assert_allclose(update["stack"][i], expected, atol=1e-5)
     # Of the first gradient at count 1 too, of the third one at count 2.
     for i, first in enumerate((0, 0, 2)):
         factors, _ = published.tucker(np.float64(stream()[first]["stack"][1]), 2)
-        for u, v in zip(states[i + 1].factors["stack"], factors, strict=True):
+        for u, v in zip(of_stack(states[i + 1]), factors, strict=True):
             np.testing.assert_allclose(u[1], v, atol=1e-5)
 
 
@@ -90,7 +95,7 @@ def test_one_bad_tensor_of_a_stack(bad, online):
             updates[step]["stack"][0], expected[step]["stack"][0], atol=1e-5
         )
     assert not np.any(updates[0]["stack"][1])
-    for old, new in zip(states[0].factors["stack"], states[1].factors["stack"]):
+    for old, new in zip(of_stack(states[0]), of_stack(states[1])):
         np.testing.assert_array_equal(old[1], new[1])
         np.testing.assert_allclose(new[1].T @ new[1], np.eye(2), atol=1e-6)
         assert np.any(old[0] != new[0])
@@ -109,7 +114,7 @@ def test_a_refresh_may_be_decided_by_the_caller():
     chex.assert_trees_all_equal(late.factors, states[0].factors)
     _, early = update(second, states[1], refresh=True)
     factors, _ = published.tucker(np.float64(second["stack"][0]), 2)
-    for u, v in zip(early.factors["stack"], factors, strict=True):
+    for u, v in zip(of_stack(early), factors, strict=True):
         np.testing.assert_allclose(u[0], v, atol=1e-5)
 
 
