@@ -50,7 +50,7 @@ WeightDimensionNumbers = (
 _DEFAULT_SHARE = 16
 # Full-rank by name, wherever it stands in the path.
 _EMBEDDING = re.compile(
-    r"(.*_)?(un)?embed(s|der|ding|dings)?(_.*)?|wte|wpe|lm_?head|.*norm.*|ln(_.*)?",
+    r"(.*_)?(un)?emb(ed(s|der|ding|dings)?)?(_.*)?|wte|wpe|lm_?head|.*norm.*|ln(_.*)?",
     re.IGNORECASE,
 )
 # Full-rank if the leaf or the module that holds it is called so.
@@ -222,8 +222,9 @@ def default_dimension_numbers(params: optax.Params) -> optax.Params:
 
     A leaf of two or more dimensions is projected, its last two axes as the matrix
     and the axes in front as batch, unless its path says that it is an embedding
-    (``embed...``, ``wte``, ``wpe``), an output layer (``lm_head``, ``head``,
-    ``output``, ``logits``, ``classifier``), a norm, or stacked scales or biases.
+    (``embed...``, ``tok_emb``, ``wte``, ``wpe``), an output layer (``lm_head``,
+    ``head``, ``output``, ``logits``, ``classifier``), a norm, or stacked scales or
+    biases.
 
     Returns:
       A tree like ``params`` with a :class:`MatrixDimensionNumbers` or None a leaf.

@@ -68,7 +68,7 @@ def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
     triangular factor makes the columns continuous from one refresh to the next. A
     matrix that has had no refresh yet starts from the Gaussian alone, with seven
     further iterations. Nothing larger than ``(r, r)`` is factorised and the rest is
-    matrix products (:func:`orthonormal`), which keeps it cheap to compile and to run.
+    matrix products (``orthonormal``), which keeps it cheap to compile and to run.
 
     Args:
       iterations: Iterations at each refresh, at least 1.

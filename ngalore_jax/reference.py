@@ -14,6 +14,7 @@ from ngalore_jax.two_sided import two_sided
 ReferenceMode = Literal[
     "galore", "natural_galore", "online_galore", "online_natural_galore"
 ]
+"""With or without the Fisher; factors decomposed anew, or moved a little every step."""
 
 
 def reference(

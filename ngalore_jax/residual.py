@@ -46,8 +46,8 @@ class Residual(NamedTuple):
       column_scale: ``(hyperparameters, energy, norm, count, columns, codimension) ->
         (d, energy, norm)`` for a batch of matrices. ``energy`` ``(..., n)`` and
         ``norm`` ``(...)`` are the rule's state, zero at first; ``count`` the int32
-        step; ``columns`` a :class:`Columns`; ``codimension`` is ``m - r``. ``d`` has
-        shape ``(..., n)``.
+        step; ``columns`` a :class:`~ngalore_jax.residual.Columns`; ``codimension`` is
+        ``m - r``. ``d`` has shape ``(..., n)``.
       hyperparameters: Its numbers. They may be traced, as
         ``optax.inject_hyperparams`` makes them.
       keeps_energy: Whether the rule has the state ``energy``. If not, it is handed an

@@ -53,7 +53,7 @@ _FLOAT_OFFSET = (127 - 31) << _MANTISSA_BITS
 class Int8(NamedTuple):
     """An array as 8-bit integers: ``r + 2`` bytes for a block of ``r`` elements.
 
-    In a state, those of all leaves (:func:`join`).
+    In a state, those of all leaves: two trees.
     """
 
     values: Any  # (..., r, n) int8, or uint8 where the curve has no sign

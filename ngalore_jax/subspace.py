@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 AtRefresh = Literal["keep", "rotate", "reset"]
+"""What happens to a state in the old basis: nothing, it is rotated, or it is zeroed."""
 
 
 class SubspaceChange(NamedTuple):

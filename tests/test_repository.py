@@ -1,23 +1,47 @@
-"""The README's code runs as it stands, and imports point one way only."""
+"""Code on the pages runs as it stands, and imports point one way only."""
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import ngalore_jax as ng
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 LIBRARY = sorted((ROOT / "ngalore_jax").glob("*.py"))
 
 
-def test_readme_code_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert "'history'" in capsys.readouterr().out
+def blocks_of(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks").rglob("*.md"))]
+PAGES = [path for path in PAGES if blocks_of(path)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_code_on_a_page_runs(path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")  # of eight devices, which a page asks for itself
+    code = "for block in map(str, BLOCKS):\n    exec(block, {})\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"BLOCKS = {blocks_of(path)!r}\n{code}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    if path.stem in ("README", "index"):
+        assert "'history'" in done.stdout
+
+
+def test_the_reference_has_every_public_name():
+    page = (ROOT / "notebooks" / "api.md").read_text("utf-8")
+    described = re.findall(r"^\.\. auto\w+:: (\w+)", page, re.MULTILINE)
+    assert {name for name in described if name != "ngalore_jax"} == {*ng.__all__}
 
 
 def imported(path: Path) -> set[str]:

@@ -54,6 +54,7 @@ def draw(summaries: Sequence[Summary], folder: Path) -> list[str]:
             summaries, "seconds", "minutes of training steps", 60
         ),
         "loss_state.png": _state(summaries),
+        "memory.png": _memory(summaries),
     }
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=130)
@@ -134,6 +135,23 @@ def _state(summaries: Sequence[Summary]) -> Figure:
     )
     axes.grid(alpha=0.3)
     _label(axes, points)
+    return figure
+
+
+def _memory(summaries: Sequence[Summary]) -> Figure:
+    """State of the matrices, a bar an arm, the arm of the lowest loss on top."""
+    figure = Figure(figsize=(8.5, 0.9 + 0.3 * len(summaries)), layout="constrained")
+    axes = figure.subplots()
+    look = looks([summary.arm for summary in summaries])
+    bars = axes.barh(
+        [f"{summary.arm}  {summary.final.median:.3f}" for summary in summaries],
+        [summary.records[0].state_bytes["matrices"] / 1e6 for summary in summaries],
+        color=[look[summary.arm].color for summary in summaries],
+    )
+    axes.bar_label(bars, fmt="%.2f", padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set(xlabel="optimizer state of the matrices (MB); beside the name, the loss")
     return figure
 
 

@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "experiments" / "launch"
 RECIPES = sorted(LAUNCH.iterdir())
 SHELL = [path for path in RECIPES if path.suffix in (".sh", ".sbatch")]
-PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *RECIPES]
+GUIDE = sorted((ROOT / "notebooks").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *GUIDE, *RECIPES]
 
 
 def commands(text):

@@ -41,6 +41,8 @@ FULL_RANK = [
     "model/embed_tokens/weight",
     "token_embedding/kernel",
     "tok_embeddings/weight",
+    "tok_emb/weight",
+    "pos_emb",
     "bert/embeddings/position_embeddings/embedding",
     "unembed/kernel",
     "unembedding",

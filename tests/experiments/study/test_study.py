@@ -199,7 +199,7 @@ def test_the_report_is_made_again_without_a_run(command, runs, tmp_path, capsys)
     assert command() == 0
     folder = tmp_path / "study"
     table = (folder / "study.md").read_text()
-    pictures = ["loss_tokens.png", "loss_seconds.png", "loss_state.png"]
+    pictures = ["loss_tokens.png", "loss_seconds.png", "loss_state.png", "memory.png"]
     assert all(f"]({name})" in table for name in pictures)
     for name in ["study.md", *pictures]:
         (folder / name).unlink()
