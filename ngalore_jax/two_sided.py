@@ -163,6 +163,8 @@ def _by_mode(treedef: Any, leaves: list[Factors]) -> tuple[optax.Updates, ...]:
 
 def _by_leaf(treedef: Any, trees: Any) -> list[Factors]:
     """Inverse of :func:`_by_mode`."""
+    if not isinstance(trees, tuple):  # no leaves
+        return []
     rows = zip(*(treedef.flatten_up_to(tree) for tree in trees), strict=True)
     return [
         tuple(u for u in row if not isinstance(u, optax.MaskedNode)) for row in rows

@@ -257,6 +257,6 @@ def test_a_llama_with_adapters_computes_the_same_on_a_mesh(
 
     def check(x: jax.Array, y: jax.Array) -> None:
         # With equality, for the gradients of frozen kernels: they are zero.
-        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)
+        assert np.linalg.norm(x - y) <= 3e-5 * np.linalg.norm(y)
 
     jax.tree.map(check, jax.device_get(found), adapted_without_mesh(kind))

@@ -40,7 +40,7 @@ def test_runs_that_diverge_leave_the_others_readable(tmp_path, bad):
         Summary("good", {1.0: 3.0}, (*good, half)),
         Summary("lost", {1.0: math.inf}, (lost,)),
     ]
-    assert len(plots.draw(summaries, tmp_path)) == len(list(tmp_path.iterdir())) == 3
+    assert len(plots.draw(summaries, tmp_path)) == len(list(tmp_path.iterdir())) == 4
     low, high = plots._later(summaries[:1])
     assert low < 3.0 and 4.0 < high < 5
     assert plots.draw(summaries[1:], tmp_path) == []
