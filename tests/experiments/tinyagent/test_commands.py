@@ -15,7 +15,7 @@ from experiments.training.folder import RunFolder
 from tests.experiments.tinyagent import dataset_files
 from tests.experiments.tinyagent.small_planner import write_planner
 
-EPOCHS, COUNT = 12, 40
+EPOCHS, COUNT = 18, 40
 PLAN = '1. get_phone_number("Bob")\n2. send_sms(["$1"], "Hi")\n3. join()'
 
 
