@@ -154,8 +154,11 @@ def two_sided(
 
 
 def _by_mode(treedef: Any, leaves: list[Factors]) -> tuple[optax.Updates, ...]:
-    """Factors of leaves as a tree a mode."""
-    if not leaves:  # as when optax.tree.map_params asks what is like the parameters
+    """Factors of leaves as a tree a mode; of no leaves, the tree as it is.
+
+    So `optax.tree.map_params` finds what it puts in the place of the parameters.
+    """
+    if not leaves:
         return treedef.unflatten([])
     columns = itertools.zip_longest(*leaves, fillvalue=optax.MaskedNode())
     return tuple(treedef.unflatten(column) for column in columns)

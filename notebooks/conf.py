@@ -19,19 +19,17 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "ngalore-jax"
-templates_path = []
 exclude_patterns = ["**/.ipynb_checkpoints"]
 
 # The outputs that the notebooks hold; CI executes them in a test of its own.
 nb_execution_mode = "off"
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 # Types that fields of named tuples show; no page here describes them.
 nitpick_ignore_regex = [
     ("py:class", r"(jax|numpy|collections\.abc)\..*|ArrayTree"),
 ]
-autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # in the signature they would hide it
 napoleon_custom_sections = ["Shapes", "Memory"]
 napoleon_use_rtype = False

@@ -19,16 +19,16 @@ def blocks_of(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks").rglob("*.md"))]
-PAGES = [path for path in PAGES if blocks_of(path)]
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "notebooks").rglob("*.md"))]
+PAGES = [path for path in TEXTS if blocks_of(path)]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_code_on_a_page_runs(path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # of eight devices, which a page asks for itself
-    code = "for block in map(str, BLOCKS):\n    exec(block, {})\n"
+    code = f"for block in {blocks_of(path)!r}:\n    exec(block, {{}})"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", f"BLOCKS = {blocks_of(path)!r}\n{code}"],
+        [sys.executable, "-W", "error", "-c", code],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -84,7 +84,8 @@ def test_a_run_learns_and_leaves_all_that_explains_it(trained):
         "bad": "its plan: no call of a tool: no plan",
     }
     report = (trained / "report.md").read_text()
-    for part in ("rank 8", f"of {EPOCHS} |", "evaluate --model.name", "plan "):
+    epochs = f"of {EPOCHS} |"
+    for part in ("natural_galore, rank 8", epochs, "evaluate --model.name", "plan "):
         assert part in report
 
 
