@@ -15,10 +15,14 @@ class FineTuningRunConfig(RunConfig):
     Attributes:
         epochs: Times that all examples are learnt from; an evaluation and a checkpoint
             end each. What is kept is the model of the best one.
+        pad_to_max_length: Whether every batch is as long as an example may be, so that
+            one program is compiled and not one a length: for short runs on an
+            accelerator, where compiling takes longer than padding.
     """
 
     epochs: int = 3
     batch_size: int = 32
+    pad_to_max_length: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class FineTuningConfig(TrainingConfig):
 
         The fingerprints of data, tokenizer and weights are for the caller to add.
         """
-        config = super().identity() | {"epochs": self.run.epochs}
+        config = super().identity()
+        for name in ("epochs", "pad_to_max_length"):
+            config[name] = getattr(self.run, name)
         del config["data"]["data"], config["model"]["name"]
         return config

@@ -19,11 +19,13 @@ class Answered:
       prompts: Tokens of each prompt, int32 ``(T,)``.
       answers: Tokens of each answer, with the one that ends it, likewise.
       max_length: Tokens of both together, at most.
+      pad_to_max_length: Whether all batches are padded to that.
     """
 
     prompts: list[np.ndarray]
     answers: list[np.ndarray]
     max_length: int
+    pad_to_max_length: bool = False
 
     @property
     def lengths(self) -> np.ndarray:
@@ -46,7 +48,8 @@ class Answered:
         Its arrays are those of pretraining: ``tokens`` ``(B, T + 1)`` int32, and
         ``weights`` ``(B, T)`` float32, 1 where the next token is the answer's.
         """
-        width = width_of(int(self.lengths[rows].max()), self.max_length)
+        longest = int(self.lengths[rows].max())
+        width = width_of(longest, self.max_length, self.pad_to_max_length)
         tokens = np.zeros((batch_size, width + 1), np.int32)
         weights = np.zeros((batch_size, width), np.float32)
         for place, row in enumerate(rows):
@@ -63,6 +66,7 @@ def encode_answers(
     *,
     end: int,
     max_length: int,
+    pad_to_max_length: bool = False,
 ) -> tuple[Answered, list[int]]:
     """Tokenizes prompts and answers, apart, as they are met when one is written.
 
@@ -71,6 +75,7 @@ def encode_answers(
       texts: A prompt and its answer each.
       end: Number of the token behind an answer.
       max_length: Tokens of both together, at most.
+      pad_to_max_length: Whether all batches are padded to that.
 
     Returns:
       The examples, and the places in `texts` of those that are longer, which are not
@@ -85,4 +90,4 @@ def encode_answers(
             continue
         prompts.append(np.array(asked, np.int32))
         answers.append(np.array(said, np.int32))
-    return Answered(prompts, answers, max_length), long
+    return Answered(prompts, answers, max_length, pad_to_max_length), long

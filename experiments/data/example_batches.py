@@ -1,7 +1,7 @@
 """Labelled texts to batches: tokenized, alike in length, padded to few lengths.
 
 A batch is padded to one of `BUCKETS` or to the longest that an example may be, so that
-no more programs than these are compiled.
+no more programs than these are compiled; on demand always to the longest: one program.
 """
 
 import hashlib
@@ -35,9 +35,10 @@ class Tokenized(Protocol):
         ...
 
 
-def width_of(longest: int, most: int) -> int:
-    """Returns the bucket that a batch is padded to, or the most."""
-    return next((size for size in BUCKETS if longest <= size <= most), most)
+def width_of(longest: int, most: int, pad_to_most: bool) -> int:
+    """Returns what a batch is padded to: a bucket, or the most."""
+    buckets = () if pad_to_most else BUCKETS
+    return next((size for size in buckets if longest <= size <= most), most)
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ class Encoded:
       types: Which text each of them is of, 0 or 1, likewise.
       labels: As of `Examples`.
       max_length: Tokens of an example, at most.
+      pad_to_max_length: Whether all batches are padded to that.
     """
 
     tokens: list[np.ndarray]
     types: list[np.ndarray]
     labels: np.ndarray | None
     max_length: int
+    pad_to_max_length: bool = False
 
     @property
     def lengths(self) -> np.ndarray:
@@ -78,7 +81,8 @@ class Encoded:
         int32, ``weights`` ``(B,)`` float32, and ``labels`` ``(B, ...)`` where they
         are told.
         """
-        width = width_of(max(len(self.tokens[row]) for row in rows), self.max_length)
+        longest = max(len(self.tokens[row]) for row in rows)
+        width = width_of(longest, self.max_length, self.pad_to_max_length)
         tokens = np.zeros((batch_size, width), np.int32)
         types = np.zeros_like(tokens)
         lengths = np.ones(batch_size, np.int32)  # attention needs something to look at
@@ -107,6 +111,7 @@ def encode(
     *,
     max_length: int,
     token_types: int,
+    pad_to_max_length: bool = False,
 ) -> Encoded:
     """Tokenizes examples, special tokens added.
 
@@ -115,6 +120,7 @@ def encode(
       examples: Of one text each, or of two.
       max_length: Tokens that an example is cut to, the longer text first.
       token_types: Of the model; with 1 the second text is not told from the first.
+      pad_to_max_length: Whether all batches are padded to that.
     """
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     texts = [t if len(t) > 1 else t[0] for t in examples.texts]
@@ -126,6 +132,7 @@ def encode(
         [np.minimum(one, token_types - 1) for one in types],
         examples.labels,
         max_length,
+        pad_to_max_length,
     )
 
 

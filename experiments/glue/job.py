@@ -166,6 +166,7 @@ def read_texts(
             examples,
             max_length=data.max_length,
             token_types=shape.token_types,
+            pad_to_max_length=config.run.pad_to_max_length,
         )
 
     train = read(task.train)

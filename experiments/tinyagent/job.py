@@ -38,9 +38,8 @@ def prepare(
         source = open_llama(config.model.name, report)
         shape = llama_config(config.model, config.mesh, source, config.model.remat)
         examples = load_training(config.data, report)
-        most = config.data.max_length
-        train, long = tokenize(examples.train, source, most, report)
-        validation, more = tokenize(examples.validation, source, most, report)
+        train, long = tokenize(examples.train, source, config, report)
+        validation, more = tokenize(examples.validation, source, config, report)
     init_params, apply = functional_llama(shape, config.optimization.adapter)
     batch_size = config.run.batch_size
     batches = TrainingExamples(train, batch_size, config.run.seed, layout.share)
@@ -113,7 +112,7 @@ def llama_config(
 def tokenize(
     examples: Sequence[Example],
     source: LlamaSource,
-    max_length: int,
+    config: TinyAgentConfig,
     report: Callable[[str], None],
 ) -> tuple[Answered, dict[str, str]]:
     """Returns examples with their prompts, and why others are left out, by name.
@@ -121,9 +120,14 @@ def tokenize(
     Raises:
         ValueError: None is short enough.
     """
+    max_length = config.data.max_length
     texts = [(put(one.system, one.request), one.text) for one in examples]
     found, long = encode_answers(
-        source.tokenizer, texts, end=source.end, max_length=max_length
+        source.tokenizer,
+        texts,
+        end=source.end,
+        max_length=max_length,
+        pad_to_max_length=config.run.pad_to_max_length,
     )
     if not found.prompts:
         raise TextError(

@@ -50,6 +50,7 @@ def prepare(
                 requests(some),
                 max_length=data.max_length,
                 token_types=shape.token_types,
+                pad_to_max_length=config.run.pad_to_max_length,
             )
             for some in (examples.train, examples.validation)
         )

@@ -41,6 +41,18 @@ def test_weights_are_where_the_next_token_is_the_answer_s():
     assert set(np.unique(batch["weights"])) == {0, 1}
 
 
+def test_batches_are_padded_to_the_longest_that_one_may_be_on_demand():
+    found, _ = encode_answers(
+        byte_tokenizer(), TEXTS, end=1, max_length=40, pad_to_max_length=True
+    )
+    batch, short = (one.collate(np.arange(2), 3) for one in (found, encoded()[0]))
+    assert batch["tokens"].shape == (3, 41) and short["tokens"].shape == (3, 17)
+    for name, array in short.items():
+        width = array.shape[1]
+        np.testing.assert_array_equal(batch[name][:, :width], array)
+        assert not batch[name][:, width:].any()
+
+
 def test_a_fingerprint_is_of_all_of_it():
     found, _ = encoded()
     assert encoded()[0].fingerprint == found.fingerprint

@@ -1,5 +1,7 @@
 """Labelled examples reach a model once an epoch, padded to few lengths."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,21 @@ def test_every_example_is_there_once_an_epoch_in_another_order(encoded):
     assert list(orders[0]) != list(orders[1])
     other = TrainingExamples(encoded, BATCH, seed=1)
     assert list(next(other)["labels"]) != list(orders[0][:BATCH])
+
+
+def test_batches_are_padded_to_the_longest_that_one_may_be_on_demand(encoded):
+    padded = dataclasses.replace(encoded, pad_to_max_length=True)
+    for make in (
+        lambda examples: take(TrainingExamples(examples, BATCH, seed=0), 6),
+        lambda examples: [one for _, one in evaluation_batches(examples, BATCH)],
+    ):
+        for batch, other in zip(make(padded), make(encoded), strict=True):
+            width = other["tokens"].shape[1]
+            assert batch["tokens"].shape == batch["types"].shape == (BATCH, 70)
+            for name in ("tokens", "types"):
+                assert not batch[name][:, width:].any()
+                batch[name] = batch[name][:, :width]
+            assert_equal([batch], [other])
 
 
 def test_a_batch_holds_its_examples_padded_to_a_bucket(encoded):
