@@ -15,7 +15,7 @@ from experiments.training.folder import RunFolder
 from tests.experiments.tinyagent import dataset_files
 from tests.experiments.tinyagent.small_planner import write_planner
 
-EPOCHS, COUNT = 18, 40
+EPOCHS, AN_EPOCH, COUNT = 6, 15, 120
 PLAN = '1. get_phone_number("Bob")\n2. send_sms(["$1"], "Hi")\n3. join()'
 
 
@@ -71,12 +71,14 @@ def trained(model, data, tmp_path_factory):
 def test_a_run_learns_and_leaves_all_that_explains_it(trained):
     table = rows(trained)
     evaluated = [row for row in table if "validation_loss" in row]
-    assert [row["step"] for row in evaluated] == [5 * n for n in range(1, EPOCHS + 1)]
+    assert [row["step"] for row in evaluated] == [
+        AN_EPOCH * n for n in range(1, EPOCHS + 1)
+    ]
     assert evaluated[-1]["validation_loss"] < 0.1 < 3 < table[0]["loss"]
     # Of each plan its bytes, the marker of its end, and the token that ends a text.
     a_plan = len(f"{PLAN}<END_OF_PLAN>") + 1
     assert table[0]["tokens"] == 8 * a_plan
-    assert rows(trained)[-1]["step"] == 5 * EPOCHS
+    assert rows(trained)[-1]["step"] == AN_EPOCH * EPOCHS
     examples = json.loads((trained / "config.json").read_text())["examples"]
     assert (examples["train"], examples["validation"]) == (COUNT, 4)
     assert examples["left_out"] == {
