@@ -124,26 +124,32 @@ def markdown(records: Records, rows: Sequence[Row]) -> str:
     heads = " | ".join(
         f"{TASKS[task].folder} ({TASKS[task].metrics[0]})" for task in tasks
     )
+    inside = any(cell.inside for row in rows for cell in row.cells.values())
     lines = [
         f"| method | memory, values | memory | {heads} | average |",
         "|---|---:|---:|" + "---:|" * (len(tasks) + 1),
     ]
     for row in rows:
         values, count = row.memory
-        cells = " | ".join(_words(row.cells.get(task), records) for task in tasks)
+        cells = " | ".join(
+            _words(row.cells.get(task), records, mark_edge=inside) for task in tasks
+        )
         average = row.average(tasks)
         lines.append(
             f"| {row.name} | {values / 1e6:.2f} M | {megabytes(count)} | {cells} "
             f"| {'' if math.isnan(average) else f'**{average:.2f}**'} |"
         )
     first = rows[0].any_record
+    several = len(records.seeds) > 1
     seeds = ", ".join(map(str, records.seeds))
+    over = f"medians over seeds {seeds}, lowest to highest in brackets"
+    edge = "An asterisk: the" if inside else "Each"
     parts = [
         "# GLUE",
         "\n".join(lines),
         "Scores of the validation splits in per cent, after the best epoch by them: "
-        f"medians over seeds {seeds}, lowest to highest in brackets. An asterisk: the "
-        "best learning rate that was tried is at the edge. Memory: of "
+        f"{over if several else f'seed {seeds} alone'}. {edge} best learning rate "
+        "that was tried is at the edge. Memory: of "
         f"{first.parameters['all'] / 1e6:.2f} M weights, LoRA's factors beside them, "
         "and of the optimizer's state.",
         f"![scores by task and method]({_PLOT})",
@@ -211,14 +217,16 @@ def _cell(arm: str, records: Records) -> Cell | None:
     return Cell(chosen, dict(sorted(tried.items())))
 
 
-def _words(cell: Cell | None, records: Records) -> str:
+def _words(cell: Cell | None, records: Records, *, mark_edge: bool) -> str:
     if cell is None:
         return ""
     if all(math.isinf(result) for result in cell.tried.values()):
         return "diverged"
     scores, seeds = cell.scores, len(records.seeds)
     few = "" if len(scores) == seeds else f", {len(scores)} of {seeds} seeds"
-    edge = "" if cell.inside else "*"
+    edge = "*" if mark_edge and not cell.inside else ""
+    if seeds == 1:
+        return f"{cell.median:.2f}{edge}"
     span = f"{min(scores):.1f} to {max(scores):.1f}{few}"
     return f"{cell.median:.2f}{edge} ({span})"
 

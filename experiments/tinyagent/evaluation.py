@@ -234,7 +234,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         "tokens_per_second": statistics.median(speeds) if speeds else None,
         "settings": {
             **dataclasses.asdict(config.writing),
-            **dataclasses.asdict(config.data.prompt),
+            **_prompt(config),
             "retriever": None if config.retriever is None else str(config.retriever),
             "dtype": config.model.dtype,
         },
@@ -289,6 +289,13 @@ def _questions(
         )
         for one in examples
     ], left_out
+
+
+def _prompt(config: EvaluateConfig) -> dict[str, Any]:
+    prompt = config.data.prompt
+    if config.bfcl:  # a question has its own tools, and no examples
+        return {"brief": prompt.brief, "shown_examples": 0, "other_tools": 0}
+    return dataclasses.asdict(prompt)
 
 
 def _data(config: EvaluateConfig) -> str:

@@ -131,7 +131,13 @@ def plot(tables: Mapping[str, Rows]) -> Figure:
         panel.set_xticks(range(len(_SHARES)), _SHARES)
         panel.set(title=data, ylabel="share (%)", ylim=(0, 105))
         panel.grid(axis="y", alpha=0.3)
-        panel.legend(loc="best", fontsize="small")
+    handles = {
+        label: handle
+        for panel in panels
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    place = {"loc": "outside upper center", "ncols": 2}
+    figure.legend(handles.values(), handles.keys(), **place)
     return figure
 
 

@@ -136,6 +136,18 @@ def test_every_method_is_tuned_alike_on_every_task(make, runs, tmp_path, capsys)
     assert table.main([str(tmp_path / "nowhere")]) == 1
 
 
+def test_of_one_seed_there_is_no_span_and_of_few_rates_no_inside(make, tmp_path):
+    few = "--tasks sst2 --seeds 0 --factors 1 1.5 --extensions 0".split()
+    assert make(*few) == 0
+    text = (tmp_path / "table" / "glue.md").read_text()
+    full = next(line for line in text.splitlines() if line.startswith("| full"))
+    assert full.endswith("| 90.00 | **90.00** |")
+    assert "seed 0 alone. Each best learning rate" in text
+    assert make(*few, "--factors", "0.5", "1", "1.5", "2") == 0
+    text = (tmp_path / "table" / "glue.md").read_text()
+    assert "| lora_r2 | " in text and "An asterisk: the best" in text
+
+
 def test_memory_is_that_of_weights_and_state(make, tmp_path):
     assert make("--tasks", "sst2") == 0
     records = Records.read(tmp_path / "table" / "study.json")

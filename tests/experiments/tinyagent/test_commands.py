@@ -14,6 +14,7 @@ from experiments.tinyagent.evaluation import MADE_UP
 from experiments.training.folder import RunFolder
 from tests.experiments.tinyagent import dataset_files
 from tests.experiments.tinyagent.small_planner import write_planner
+from tests.experiments.tinyagent.test_bfcl import PLAY
 
 EPOCHS, AN_EPOCH, COUNT = 6, 15, 120
 PLAN = '1. get_phone_number("Bob")\n2. send_sms(["$1"], "Hi")\n3. join()'
@@ -104,6 +105,20 @@ def test_what_is_learnt_is_planned_and_the_score_says_so(model, data, trained, c
     assert evaluate(trained / "model", "--data", data) == 1
     assert "is there already: give --out or" in capsys.readouterr().err
     assert evaluate(trained / "model", "--data", data, "--overwrite") == 0
+
+
+def test_foreign_questions_have_prompts_of_their_own(model, tmp_path):
+    questions, out = tmp_path / "parallel.jsonl", tmp_path / "out.json"
+    questions.write_text(json.dumps(PLAY) + "\n")
+    asked = ("--brief", "--max-new-tokens", "16", "--bfcl", questions, "--out", out)
+    assert evaluate(model, *asked) == 0
+    found = json.loads(out.read_text())
+    assert found["data"] == "BFCL's parallel" and found["count"] == 1
+    settings = {"brief": True, "shown_examples": 0, "other_tools": 0}
+    assert found["settings"].items() >= settings.items()
+    assert command.main(["table", str(out), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "table.md").read_text()
+    assert "| before fine-tuning, names of tools alone | 0.0 |" in text
 
 
 def test_before_and_after_stand_in_a_table(model, data, trained, tmp_path, capsys):
