@@ -154,6 +154,7 @@ def spread(
     if not axes:
         return fn
     kept = len({*_axes(out_spec[0])} & {*axes})
+    sides = [_axes(entry) for entry in out_spec[-2:]]
     unconstrained = Spec.UNCONSTRAINED
 
     def run(gradient: jax.Array, basis: jax.Array, count: jax.Array) -> Any:
@@ -167,6 +168,13 @@ def spread(
             return jnp.pad(x, ((0, padding), (0, 0), (0, 0)))
 
         def unstack(x: jax.Array) -> jax.Array:
+            # Back likewise, each axis to the side that it splits; then the copies.
+            for used in reversed(range(kept, len(axes))):
+                if not any(axes[used] in side for side in sides):
+                    break
+                left = [tuple(a for a in side if a in axes[used:]) for side in sides]
+                spec = Spec(axes[:used] or None, *(side or None for side in left))
+                x = jax.lax.with_sharding_constraint(x, spec)
             x = x[:matrices].reshape(*batch, *x.shape[1:])
             return jax.lax.with_sharding_constraint(x, out_spec)
 

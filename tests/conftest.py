@@ -5,10 +5,11 @@ import os
 import shutil
 import tempfile
 
-# Tests compile far more than they compute.
+from tests.xla_flags import COMPILE_FAST
+
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0"
+    f" {COMPILE_FAST}"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The same programs, too: xdist's workers and the processes that tests start share them.

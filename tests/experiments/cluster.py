@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from experiments.training.metrics import read_metrics
+from tests.xla_flags import COMPILE_FAST
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240
@@ -39,7 +40,7 @@ class Cluster:
         for index, log in enumerate(self.logs):
             env = os.environ | {
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
+                "XLA_FLAGS": f"{flags} {COMPILE_FAST}",
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(index),

@@ -34,6 +34,7 @@ OPTIMIZERS = {
         0.01, RANK, update_proj_gap=2, history=HISTORY, residual=1.0
     ),
     "galore": lambda: ng.galore(0.01, RANK, update_proj_gap=2),
+    "orthogonal": lambda: ng.natural_galore(0.01, RANK, history=HISTORY),
 }
 LAYOUTS = pytest.mark.parametrize(
     "layout", [(1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 2, 4)], ids=str
@@ -84,6 +85,22 @@ def test_a_steady_update_moves_no_matrix(config, layout):
 def test_nor_does_one_on_auto_axes(layout, name):
     found = moved(CONFIG, layout, name, explicit=False)
     assert found == expected(CONFIG, layout, name)
+
+
+@pytest.mark.parametrize("layout", [(2, 4, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+def test_what_is_orthogonalised_comes_back_without_a_sum_of_whole_matrices(layout):
+    """By all-to-all, an axis at a time; copies of it by all-gather."""
+    found = collections.defaultdict(list)
+    program = compiled_update(
+        OPTIMIZERS["orthogonal"](),
+        matrices(MULTI_HEAD),
+        make_mesh(*layout),
+        refresh=False,
+    )
+    for kind, _, size in collectives(program):
+        found[kind].append(size)
+    assert max(found["all-reduce"]) < LAYERS * D * D
+    assert found["all-to-all"] and bool(found["all-gather"]) == (layout[0] > 1)
 
 
 @pytest.mark.parametrize("layout", [(1, 8, 1), (2, 2, 2)], ids=str)

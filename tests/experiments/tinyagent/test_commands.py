@@ -16,7 +16,8 @@ from tests.experiments.tinyagent import dataset_files
 from tests.experiments.tinyagent.small_planner import write_planner
 from tests.experiments.tinyagent.test_bfcl import PLAY
 
-EPOCHS, AN_EPOCH, COUNT = 6, 15, 120
+EPOCHS, AN_EPOCH, BATCH = 6, 15, 4
+COUNT = AN_EPOCH * BATCH
 PLAN = '1. get_phone_number("Bob")\n2. send_sms(["$1"], "Hi")\n3. join()'
 
 
@@ -43,7 +44,8 @@ def data(tmp_path_factory):
 
 def train(model, data, run_dir, *more):
     given = (
-        f"--epochs {EPOCHS} --batch-size 8 --validation-examples 4 --max-length 384 "
+        f"--epochs {EPOCHS} --batch-size {BATCH} --validation-examples 4 "
+        "--max-length 384 "
         "--learning-rate 1e-2 --update-proj-gap 10 --scale 1 --history 3 --rank 8 "
         "--microbatches 1 --model.dtype float32 --model.remat none"
     )
@@ -78,7 +80,7 @@ def test_a_run_learns_and_leaves_all_that_explains_it(trained):
     assert evaluated[-1]["validation_loss"] < 0.1 < 3 < table[0]["loss"]
     # Of each plan its bytes, the marker of its end, and the token that ends a text.
     a_plan = len(f"{PLAN}<END_OF_PLAN>") + 1
-    assert table[0]["tokens"] == 8 * a_plan
+    assert table[0]["tokens"] == BATCH * a_plan
     assert rows(trained)[-1]["step"] == AN_EPOCH * EPOCHS
     examples = json.loads((trained / "config.json").read_text())["examples"]
     assert (examples["train"], examples["validation"]) == (COUNT, 4)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.experiments.cluster import free_port
+from tests.xla_flags import COMPILE_FAST
 
 ROOT = Path(__file__).parents[3]
 
@@ -18,7 +19,7 @@ def found(tmp_path_factory) -> list[dict]:
     """What each process has to tell."""
     folder = tmp_path_factory.mktemp("two")
     # The tests' own eight devices would not do here.
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = os.environ | {"XLA_FLAGS": COMPILE_FAST}
     script, port = "tests.experiments.training.two_processes", str(free_port())
     processes = [
         subprocess.Popen(
