@@ -52,6 +52,9 @@ def test_its_outputs_are_kept(path):
     outputs = [output for cell in cells for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not any(output.get("name") == "stderr" for output in outputs)
+    for cell in cells:
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            assert cell.metadata["mystnb"]["image"]["alt"]
     shown = str(outputs)
     assert "/tmp" not in shown and str(Path.home()) not in shown
 

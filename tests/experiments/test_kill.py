@@ -13,7 +13,7 @@ from experiments.kill_test import equal
 from experiments.training.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
-KILLS = 3
+KILLS = 5
 
 
 @pytest.fixture(scope="module")

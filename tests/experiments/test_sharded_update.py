@@ -34,6 +34,7 @@ OPTIMIZERS = {
         0.01, RANK, update_proj_gap=2, history=HISTORY, residual=1.0
     ),
     "galore": lambda: ng.galore(0.01, RANK, update_proj_gap=2),
+    "adamw": lambda: optax.adamw(0.01),
     "orthogonal": lambda: ng.natural_galore(0.01, RANK, history=HISTORY),
 }
 LAYOUTS = pytest.mark.parametrize(
@@ -147,6 +148,8 @@ def losses(name, layout=None, explicit=True):
         ("natural_galore", (2, 2, 2), True),
         ("natural_galore", (2, 2, 2), False),
         ("galore", (1, 2, 4), True),
+        ("galore", (1, 1, 2), False),
+        ("adamw", (1, 4, 2), True),
     ],
     ids=str,
 )
