@@ -179,6 +179,13 @@ def test_other_files_say_what_they_are(facts, message, tmp_path):
         read_gguf(path)
 
 
+def test_numbers_that_gguf_cannot_turn_into_floats_are_named(tmp_path):
+    whole = jax.tree.map(lambda w: w.astype(np.int32), random_params())
+    path = write(tmp_path / "m.gguf", whole)
+    with pytest.raises(CheckpointError, match=r"m\.gguf: .*I32"):
+        read_gguf(path)
+
+
 def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(b"GGUF nothing of the kind")

@@ -13,8 +13,8 @@ from experiments.tinyagent import evaluation, show
 from experiments.tinyagent.evaluation import MADE_UP
 from experiments.training.folder import RunFolder
 from tests.experiments.tinyagent import dataset_files
+from tests.experiments.tinyagent.bfcl_files import PLAY
 from tests.experiments.tinyagent.small_planner import write_planner
-from tests.experiments.tinyagent.test_bfcl import PLAY
 
 EPOCHS, AN_EPOCH, BATCH = 6, 15, 4
 COUNT = AN_EPOCH * BATCH
