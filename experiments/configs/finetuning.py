@@ -49,10 +49,9 @@ class FineTuningConfig(TrainingConfig):
     def identity(self) -> dict[str, Any]:
         """Returns what must be equal for one run to go on from another's state.
 
-        The fingerprints of data, tokenizer and weights are for the caller to add.
+        Padding is left out: it changes rounding, and which random numbers dropout
+        gets. The fingerprints of data, tokenizer and weights are for the caller to add.
         """
-        config = super().identity()
-        for name in ("epochs", "pad_to_max_length"):
-            config[name] = getattr(self.run, name)
+        config = super().identity() | {"epochs": self.run.epochs}
         del config["data"]["data"], config["model"]["name"]
         return config
