@@ -74,6 +74,7 @@ class Command:
             console = Console(highlight=False, quiet=not distributed.is_first())
             folder = RunFolder(config.run_dir, config.run.checkpoint_dir)
             outcome = self.train(config, folder, console)
+            self._tell(outcome, config, folder, console, args)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -86,6 +87,28 @@ class Command:
         except KeyboardInterrupt:
             print("Interrupted with nothing new to save.", file=sys.stderr)
             return INTERRUPTED
+        return outcome.exit_code
+
+    def train(
+        self, config: TrainingConfig, folder: RunFolder, console: Console
+    ) -> Outcome:
+        """Trains in `folder`, from scratch or from its newest checkpoint."""
+        return run(
+            config,
+            folder,
+            lambda layout: self.prepare(config, folder, layout, console),
+            console,
+        )
+
+    def _tell(
+        self,
+        outcome: Outcome,
+        config: TrainingConfig,
+        folder: RunFolder,
+        console: Console,
+        args: Sequence[str],
+    ) -> None:
+        """Reports a run that has ended, or says how to go on."""
         if outcome.stopped_by is not None:
             console.print(
                 f"Saved step {int(outcome.state.step)} of {outcome.steps} in "
@@ -99,23 +122,11 @@ class Command:
                 console.print(
                     "The run is at its end; its metrics are not in this folder."
                 )
-                return 0
+                return
             report = self.report(config, folder, outcome.state, rows, self.line(args))
             path = report.write(folder.path, rows)
             report.show(console)
             console.print(f"Report: {path}", soft_wrap=True)
-        return outcome.exit_code
-
-    def train(
-        self, config: TrainingConfig, folder: RunFolder, console: Console
-    ) -> Outcome:
-        """Trains in `folder`, from scratch or from its newest checkpoint."""
-        return run(
-            config,
-            folder,
-            lambda layout: self.prepare(config, folder, layout, console),
-            console,
-        )
 
     def line(self, args: Sequence[str]) -> str:
         """Returns the command line with these arguments, ready to be pasted."""

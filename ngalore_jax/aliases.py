@@ -20,7 +20,7 @@ from ngalore_jax.natural import scale_by_natural_gradient
 from ngalore_jax.orthogonalized import Orthogonal, orthogonal
 from ngalore_jax.projection import finite_or_zero
 from ngalore_jax.projectors import Projector, svd
-from ngalore_jax.residual import Residual
+from ngalore_jax.residual import Residual, check_number
 from ngalore_jax.subspace import AtRefresh
 
 PAPER: Mapping[str, Any] = MappingProxyType(
@@ -215,12 +215,13 @@ def galore(
 
     :func:`natural_galore` without the Fisher, and without a residual unless asked.
     It takes the place of ``optax.contrib.galore``: ``rank``, ``update_proj_gap`` and
-    ``scale`` mean the same. What differs by default: ``scale`` is 0.25 (there 1.0), a
-    rank above a side is an error and not clipped, embeddings and output layers are not
-    projected, stacked leaves are, the smaller side is projected, the moments follow the
-    basis. ``scale=1.0, side="larger", clip_rank=True, projector=svd(),
-    moments_at_refresh="keep", weight_dimension_numbers=MatrixDimensionNumbers()`` gives
-    its numbers on 2-D leaves, up to the signs of the SVD after the first refresh.
+    ``scale`` mean the same. What differs by default: ``scale`` is 0.25 (there 1.0), the
+    basis is subspace iteration's and not an SVD's, a rank above a side is an error and
+    not clipped, embeddings and output layers are not projected, stacked leaves are, the
+    smaller side is projected, the moments follow the basis. ``scale=1.0,
+    side="larger", clip_rank=True, projector=svd(), moments_at_refresh="keep",
+    weight_dimension_numbers=MatrixDimensionNumbers()`` gives its numbers on 2-D
+    leaves, up to the signs of the SVD after the first refresh.
 
     Args:
       learning_rate: A number or an optax schedule.
@@ -303,6 +304,8 @@ def _optimizer(
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """``low_rank(inside, **settings)`` on matrices, ``full_rank`` on other leaves."""
+    if not callable(weight_decay):
+        check_number("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
 
     def labels(params: optax.Params) -> optax.Params:
         treedef = jax.tree.structure(params)

@@ -189,7 +189,7 @@ class ProjectedLeaf:
                 x, basis, iterations=residual.iterations
             ),
             sharding.spreading_axes(self.view, gradient),
-            specs.matrix,
+            sharding.known(specs.matrix),
         )
 
         def fn(

@@ -66,11 +66,12 @@ def low_rank(
       P &\leftarrow \mathrm{projector}(G, P)
         \quad\text{if } t \bmod T = 0,\ t = 0, 1, \dots \\
       R &= P^\top G, \qquad N = \mathrm{inner}(R) \\
-      U &= \alpha\,(P N + (G - P R)\,\mathrm{diag}(d))
+      U &= \alpha\,(P N + E)
 
-    where the last term is there only with ``residual``. The first refresh is at count
-    0, from the gradient. Leaves that are not projected reach ``inner`` as they are and
-    leave it unscaled.
+    where :math:`E` is there only with ``residual``, whose rule makes it of what is
+    outside the subspace, :math:`G - P R`. The first refresh is at count 0, from the
+    gradient. Leaves that are not projected reach ``inner`` as they are and leave it
+    unscaled.
 
     A matrix whose gradient holds a NaN or an Inf counts as having a zero gradient in
     that step: it is not refreshed, ``inner`` sees zeros, and its update is what
@@ -82,7 +83,9 @@ def low_rank(
     Args:
       inner: Transformation of the projected gradients that needs no parameters. It is
         handed the extra argument ``subspace_change``
-        (:class:`ngalore_jax.SubspaceChange`), which optax's own ignore.
+        (:class:`ngalore_jax.SubspaceChange`), which optax's own ignore. One that passes
+        over steps, as ``optax.MultiSteps``, would miss a refresh: add up microbatches
+        with ``accumulation_steps``.
       rank: Directions kept, ``r``. None: a sixteenth of each matrix's smaller side.
       update_proj_gap: Steps between refreshes, ``T``, as in ``optax.contrib.galore``.
       scale: :math:`\alpha`, a factor on the update of projected leaves: a number or an
@@ -93,7 +96,7 @@ def low_rank(
       residual: Rule that puts the gradient outside the subspace back,
         :func:`ngalore_jax.compensation`, :func:`ngalore_jax.fira` or
         :func:`ngalore_jax.orthogonal`; a number is the weight of the first; None drops
-        it, as GaLore does.
+        it, as GaLore does. A matrix whose rank is its side has nothing outside.
       weight_dimension_numbers: Which leaves are projected, along which axes: see
         :func:`ngalore_jax.default_dimension_numbers`, the default, and
         :class:`ngalore_jax.MatrixDimensionNumbers`. A spec, a tree or a function.
@@ -113,7 +116,8 @@ def low_rank(
     Returns:
       A transformation. ``update`` takes the extra argument ``refresh``: None decides
       by the count inside one program, a Python bool compiles the steady step (False)
-      or the refresh step (True) alone; the caller then keeps the schedule.
+      or the refresh step (True) alone; the caller then keeps the schedule. With
+      ``accumulation_steps`` True refreshes on a step's first microbatch only.
 
     Shapes:
       ``inner`` sees ``(*batch, r, n)`` float32 (float64 for float64 leaves) for a
@@ -121,15 +125,15 @@ def low_rank(
 
     Raises:
       TypeError: If ``rank`` or ``accumulation_steps`` is not an int known when
-        tracing.
+        tracing, or ``residual`` neither a rule nor a number.
       ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``side`` or
         ``basis_dtype`` is unknown,
         ``accumulation_steps`` is below 1 or comes with a residual, or, at ``init``,
         a rank exceeds a side or axes do not fit a leaf.
 
     Memory:
-      ``m r`` elements a matrix, ``n + 1`` with a residual, ``r n + r r`` with
-      accumulation, and ``inner``'s state.
+      ``m r`` elements a matrix, ``r n + r r`` with accumulation, the residual's (its
+      rule tells) and ``inner``'s state.
 
     Example:
       >>> import jax.numpy as jnp, optax, ngalore_jax as ng
@@ -143,7 +147,7 @@ def low_rank(
       Zhao et al., GaLore, 2024 (arXiv 2403.03507), algorithm 2.
     """
     _check_arguments(rank, update_proj_gap, side, accumulation_steps, residual)
-    basis_dtype = storage.check_dtype("basis_dtype", basis_dtype)
+    basis_dtype = storage.check_dtype("basis_dtype", basis_dtype, of_gradients=False)
     inner = optax.with_extra_args_support(inner)
     projector = subspace_iteration() if projector is None else projector
     if residual is not None and not isinstance(residual, Residual | Orthogonal):
@@ -151,18 +155,17 @@ def low_rank(
 
     def plan(tree: optax.Params) -> list[ProjectedLeaf | FullRankLeaf]:
         """How each leaf is treated; from paths and shapes alone."""
+        plans: list[ProjectedLeaf | FullRankLeaf] = []
         specs = resolve_dimension_numbers(tree, weight_dimension_numbers)
-        return [
-            FullRankLeaf()
-            if spec is None
-            else ProjectedLeaf(
-                matrix_view(leaf.shape, spec, rank, side, clip_rank),
-                projector,
-                residual,
-                basis_dtype,
-            )
-            for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True)
-        ]
+        for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True):
+            if spec is None:
+                plans.append(FullRankLeaf())
+                continue
+            view = matrix_view(leaf.shape, spec, rank, side, clip_rank)
+            # Outside of a subspace that is all of the space there is only rounding.
+            outside = residual if view.rank < view.m else None
+            plans.append(ProjectedLeaf(view, projector, outside, basis_dtype))
+        return plans
 
     def init(params: optax.Params) -> LowRankState:
         leaves, treedef = jax.tree.flatten(params)
@@ -198,6 +201,8 @@ def low_rank(
 
         gap = update_proj_gap * (accumulation_steps or 1)
         due = count % gap == 0 if refresh is None else refresh
+        if accumulation_steps is not None and refresh:
+            due = state.inner.mini_step == 0  # microbatches of a step share a basis
         bases, rotations = when(
             due,
             lambda old: _transpose(
@@ -271,8 +276,18 @@ def _check_arguments(
         )
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
-    if isinstance(update_proj_gap, int | float) and update_proj_gap < 1:
-        raise ValueError(f"update_proj_gap must be at least 1, got {update_proj_gap}.")
+    if isinstance(update_proj_gap, int | float) and (
+        update_proj_gap < 1 or update_proj_gap != int(update_proj_gap)
+    ):
+        raise ValueError(
+            f"update_proj_gap must be a whole number of at least 1, got "
+            f"{update_proj_gap}."
+        )
+    if callable(residual) or isinstance(residual, str):
+        raise TypeError(
+            "residual must be a rule such as ng.orthogonal() (called), a number or "
+            f"None, got {residual!r}."
+        )
     if side not in get_args(Side):
         raise ValueError(
             f"side must be one of {', '.join(get_args(Side))}, got {side!r}."

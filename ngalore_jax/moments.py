@@ -9,7 +9,14 @@ import optax
 
 from ngalore_jax import sharding, storage
 from ngalore_jax.matrices import work_dtype
-from ngalore_jax.subspace import AtRefresh, SubspaceChange, check_at_refresh, when
+from ngalore_jax.residual import check_number
+from ngalore_jax.subspace import (
+    AtRefresh,
+    SubspaceChange,
+    check_at_refresh,
+    rotations_of,
+    when,
+)
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _FIRST, _SECOND = storage.Curve.SQUARE, storage.Curve.FLOAT
@@ -55,8 +62,8 @@ def scale_by_subspace_adam(
       :func:`ngalore_jax.low_rank` it is Adam.
 
     Raises:
-      ValueError: If ``at_refresh`` is not one of the three, or ``moments_dtype`` is
-        none of the above.
+      ValueError: If ``at_refresh`` is not one of the three, ``moments_dtype`` is none
+        of the above, or a concrete number is outside its range.
 
     Memory:
       ``2 r n`` elements a matrix; ``2 (r + 2) n`` bytes with ``"int8"``.
@@ -72,7 +79,10 @@ def scale_by_subspace_adam(
       1.25048828125
     """
     check_at_refresh("at_refresh", at_refresh)
-    dtype = _check_moments_dtype(moments_dtype)
+    for name, decay in (("b1", b1), ("b2", b2)):
+        check_number(name, decay, lambda x: 0 <= x < 1, "in [0, 1)")
+    check_number("eps", eps, lambda x: x >= 0, "at least 0")
+    dtype = storage.check_dtype("moments_dtype", moments_dtype)
     adam = optax.scale_by_adam(b1, b2, eps)
 
     def init(params: optax.Params) -> optax.OptState:
@@ -102,9 +112,10 @@ def scale_by_subspace_adam(
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         if subspace_change is not None and at_refresh != "keep":
-            moved, rotation = subspace_change
             carry = _reset if at_refresh == "reset" else _rotate
-            state = when(moved, lambda kept: carry(kept, rotation), state)
+            state = when(
+                subspace_change.moved, lambda kept: carry(kept, subspace_change), state
+            )
         if dtype is None:
             return adam.update(updates, state, params)
         return _update_stored(updates, state, b1, b2, eps)
@@ -189,11 +200,11 @@ def rotate_moments(
 
 
 def _rotate(
-    state: optax.ScaleByAdamState, rotation: optax.Updates
+    state: optax.ScaleByAdamState, change: SubspaceChange
 ) -> optax.ScaleByAdamState:
     treedef = jax.tree.structure(storage.main_part(state.mu))
     mu, nu = (storage.leaves_of(treedef, part) for part in (state.mu, state.nu))
-    for i, q in enumerate(treedef.flatten_up_to(rotation)):
+    for i, q in enumerate(rotations_of(treedef, change)):
         if q is not None:
             first, second = _codecs(mu[i], nu[i], q.ndim)
             rotate = functools.partial(rotate_moments, first=first, second=second)
@@ -203,11 +214,11 @@ def _rotate(
 
 
 def _reset(
-    state: optax.ScaleByAdamState, rotation: optax.Updates
+    state: optax.ScaleByAdamState, change: SubspaceChange
 ) -> optax.ScaleByAdamState:
     # Every projected leaf refreshes at the same step, so they share the new count;
     # a leaf that is not projected starts again with them.
-    del rotation
+    del change
     return jax.tree.map(jnp.zeros_like, state)
 
 
@@ -216,19 +227,3 @@ def _codecs(
 ) -> tuple[storage.Codec, storage.Codec]:
     """Codecs that made the moments of a leaf."""
     return storage.Codec.of(mu, ndim, _FIRST), storage.Codec.of(nu, ndim, _SECOND)
-
-
-def _check_moments_dtype(
-    moments_dtype: jax.typing.DTypeLike | None,
-) -> jnp.dtype | None:
-    dtype = storage.check_dtype("moments_dtype", moments_dtype)
-    if (
-        dtype is not None
-        and jnp.issubdtype(dtype, jnp.floating)
-        and jnp.finfo(dtype).minexp > jnp.finfo(jnp.float32).minexp
-    ):
-        raise ValueError(
-            f"moments_dtype={dtype.name} cannot hold the squares of small gradients; "
-            "'bfloat16' takes no more than two bytes either, 'int8' about one."
-        )
-    return dtype

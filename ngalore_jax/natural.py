@@ -19,7 +19,13 @@ import optax
 
 from ngalore_jax import sharding, storage
 from ngalore_jax.matrices import work_dtype
-from ngalore_jax.subspace import AtRefresh, SubspaceChange, check_at_refresh, when
+from ngalore_jax.subspace import (
+    AtRefresh,
+    SubspaceChange,
+    check_at_refresh,
+    rotations_of,
+    when,
+)
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -80,7 +86,7 @@ def scale_by_natural_gradient(
       at_refresh: What happens to the history when ``low_rank`` moves the basis:
         ``"rotate"`` carries it over (:math:`H_j \leftarrow P_{new}^\top P_{old} H_j`),
         ``"keep"`` leaves it as it is (the published code), ``"reset"`` empties it.
-      history_dtype: Storage dtype of the history: a float dtype, ``"int8"`` with a
+      history_dtype: Storage dtype of the history: ``"bfloat16"``, ``"int8"`` with a
         scale a column (:mod:`ngalore_jax.storage`), or None for that of the updates.
         The Gram matrix is of the gradients as they are stored.
 
@@ -145,7 +151,7 @@ def scale_by_natural_gradient(
         grams = treedef.flatten_up_to(state.gram)
         if subspace_change is not None and at_refresh != "keep":
             reset = at_refresh == "reset"
-            rotations = treedef.flatten_up_to(subspace_change.rotation)
+            rotations = rotations_of(treedef, subspace_change)
             columns, grams = when(
                 subspace_change.moved,
                 lambda kept: _carry_over(*kept, rotations=rotations, reset=reset),

@@ -17,6 +17,8 @@ from ngalore_jax.residual import check_number
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Muon's quintic: singular values from 1e-3 to 1 come to about 0.7 to 1.2 in five turns.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# What is smaller, beside the largest entry, is rounding of the difference.
+_ROUNDING = 1e-5
 
 
 class Orthogonal(NamedTuple):
@@ -88,13 +90,16 @@ def outside_orthogonal(
 ) -> jax.Array:
     """``sqrt(max(m, n)) orth((I - P P^T) X)`` of ``X`` ``(..., m, n)``.
 
-    Entries are about 1; a zero matrix stays zero.
+    Entries are about 1; a matrix that lies in the subspace comes to zero.
     """
     inside = jnp.einsum("...mr,...mn->...rn", basis, momentum, precision=_HIGHEST)
     inside = jnp.einsum("...mr,...rn->...mn", basis, inside, precision=_HIGHEST)
-    return math.sqrt(max(momentum.shape[-2:])) * newton_schulz(
-        momentum - inside, iterations
+    outside = momentum - inside
+    size, whole = (
+        jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True) for x in (outside, momentum)
     )
+    outside = jnp.where(size > _ROUNDING * whole, outside, 0)
+    return math.sqrt(max(momentum.shape[-2:])) * newton_schulz(outside, iterations)
 
 
 def newton_schulz(x: jax.Array, iterations: int) -> jax.Array:

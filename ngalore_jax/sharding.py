@@ -12,7 +12,8 @@ state is as small, and a step sends ``2 r n`` numbers a matrix.
 The matrix maths itself runs with automatic axes, its outputs pinned to those
 types: factorisations are not defined on explicitly sharded operands. A refresh moves
 each stack of matrices to "one's own matrices on every device" (:func:`spread`) and
-back; the steady update never does. Without a mesh everything here is the identity.
+back; a steady update does so for the residual that orthogonalises alone. Without a
+mesh everything here is the identity.
 """
 
 import math
@@ -31,6 +32,13 @@ def spec_of(x: Any) -> Spec:
     """Explicit partition spec of an array or ShapeDtypeStruct, an entry an axis."""
     spec = jax.typeof(x).sharding.spec
     return Spec(*spec, *[None] * (len(x.shape) - len(spec)))
+
+
+def known(spec: Spec) -> Spec:
+    """A spec where types tell it; on automatic axes, whatever the compiler chooses."""
+    if jax.sharding.get_abstract_mesh().explicit_axes:
+        return spec
+    return Spec(*[Spec.UNCONSTRAINED] * len(spec))
 
 
 class LeafSpecs(NamedTuple):

@@ -96,11 +96,18 @@ class Curve(enum.Enum):
     FLOAT = enum.auto()
 
 
-def check_dtype(name: str, dtype: jax.typing.DTypeLike | None) -> jnp.dtype | None:
+def check_dtype(
+    name: str, dtype: jax.typing.DTypeLike | None, *, of_gradients: bool = True
+) -> jnp.dtype | None:
     """The storage dtype that an argument names.
 
+    Args:
+      name: The argument.
+      dtype: Its value.
+      of_gradients: Whether what is stored may be as small as gradients are.
+
     Raises:
-      ValueError: If it is neither None, a float nor ``"int8"``.
+      ValueError: If it is neither None, a float nor ``"int8"``, or too narrow.
     """
     if dtype is None:
         return None
@@ -112,6 +119,15 @@ def check_dtype(name: str, dtype: jax.typing.DTypeLike | None) -> jnp.dtype | No
         raise ValueError(
             f"{name} must be None, a float dtype such as 'bfloat16', or 'int8', got "
             f"{dtype!r}."
+        )
+    if (
+        of_gradients
+        and jnp.issubdtype(found, jnp.floating)
+        and jnp.finfo(found).minexp > jnp.finfo(jnp.float32).minexp
+    ):
+        raise ValueError(
+            f"{name}={found.name} cannot hold small gradients or their squares; "
+            "'bfloat16' takes no more than two bytes either, 'int8' about one."
         )
     return found
 

@@ -33,6 +33,20 @@ def check_at_refresh(name: str, value: str) -> None:
         )
 
 
+def rotations_of(treedef: Any, change: SubspaceChange) -> list[jax.Array | None]:
+    """Rotation of each leaf of updates of this structure.
+
+    Leaves that ``optax.masked`` or ``optax.partition`` has put a ``MaskedNode()`` in
+    the place of, which they do not in extra arguments, are passed over.
+    """
+    there, around = jax.tree.flatten(
+        treedef.unflatten([True] * treedef.num_leaves),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    rotations = around.flatten_up_to(change.rotation)
+    return [q for q, kept in zip(rotations, there, strict=True) if kept is True]
+
+
 def when(pred: jax.Array | bool, fn: Callable[[Any], Any], operand: Any) -> Any:
     """``fn(operand)`` if ``pred`` else ``operand``, decided early if it can be.
 

@@ -39,6 +39,8 @@ from experiments.bench.records import Row, Task, reason
 from experiments.bench.results import Results
 from experiments.command import INTERRUPTED
 
+_FILE = "bench.json"
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
@@ -48,6 +50,11 @@ def main(args: Sequence[str] | None = None) -> int:
         bench = parse_args(args)
         folder = bench.config.bench_dir
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / _FILE).exists() and not bench.config.overwrite:
+            raise ValueError(
+                f"{folder} holds a bench's results: --overwrite replaces them, "
+                "--bench-dir chooses another folder."
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -91,7 +98,7 @@ def work(
     tasks: Sequence[Task], results: Results, bench: Bench, console: Console
 ) -> None:
     """Does tasks one after the other; one that fails is a row with its error."""
-    path = bench.config.bench_dir / "bench.json"
+    path = bench.config.bench_dir / _FILE
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -72,6 +72,7 @@ class BenchConfig:
             on accelerators, 8 on a CPU.
         seed: Seed of gradients, parameters and orders.
         bench_dir: Folder of the results.
+        overwrite: Replace those that are there.
     """
 
     parts: tuple[Part, ...] = get_args(Part)
@@ -91,6 +92,7 @@ class BenchConfig:
     batch_size: int | None = None
     seed: int = 0
     bench_dir: Path = Path("runs") / "bench"
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without measuring."""
@@ -155,7 +157,11 @@ def parse_args(args: Sequence[str]) -> Bench:
     A mistake in it is explained on stderr and ends the process with code 2.
     """
     config, extra = tyro.cli(
-        BenchConfig, args=args, prog=_PROGRAM, return_unknown_args=True
+        BenchConfig,
+        args=args,
+        prog=_PROGRAM,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        return_unknown_args=True,
     )
     bench = Bench(config, tuple(extra))
     bench.run(config.preset)

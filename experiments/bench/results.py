@@ -9,6 +9,7 @@ from typing import Any
 from experiments.bench.limits import Rates
 from experiments.bench.records import Row
 from experiments.bench.targets import Verdict, verdicts
+from experiments.files import replace_text
 
 _FORMAT = 1
 # Processes that run or wait, beyond one a core, while nobody else uses the machine.
@@ -68,7 +69,7 @@ class Results:
         ]
         facts["warning"] = self.warning
         text = json.dumps(_finite(facts), indent=1, default=str)
-        path.write_text(text + "\n", "utf-8")
+        replace_text(path, text + "\n")
 
 
 def _finite(value: Any) -> Any:

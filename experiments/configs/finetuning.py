@@ -1,7 +1,8 @@
 """Settings that all commands have in common that train a pretrained model on."""
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import tyro
 
@@ -25,19 +26,36 @@ class FineTuningRunConfig(RunConfig):
     pad_to_max_length: bool = False
 
 
+class PretrainedConfig(Protocol):
+    """What is trained on."""
+
+    @property
+    def name(self) -> str:
+        """A folder or file, or a name on the hub."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuningConfig(TrainingConfig):
     """What is the same for whatever is fine-tuned.
 
-    A command adds `data`, which has a `data`, and `model`, which has a `name`.
+    A command adds `data`, which has a `data`.
     """
 
+    model: PretrainedConfig
     run: tyro.conf.OmitArgPrefixes[FineTuningRunConfig]
 
     def __post_init__(self) -> None:
         """Check what can be checked without reading anything."""
         super().__post_init__()
         check_at_least(1, self.run, "epochs")
+        source, folder = self.model.name, self.run_dir
+        inside = Path(source).expanduser().resolve().is_relative_to(folder.resolve())
+        if self.run.overwrite and inside:
+            raise ValueError(
+                f"--overwrite would delete {source}, which is to be trained on: give "
+                f"another --run-dir than {folder}."
+            )
         if self.optimization.accumulate == "subspace":
             raise ValueError("--accumulate subspace is not for fine-tuning.")
         if self.optimization.optimizer == "low_rank":

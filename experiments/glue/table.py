@@ -18,7 +18,7 @@ from rich.console import Console
 from experiments.data.glue import TASKS
 from experiments.glue.subject import GLUE, best_scores, main_metric
 from experiments.glue.table_config import METHODS
-from experiments.study.plots import looks
+from experiments.study.plots import legend_of, looks
 from experiments.study.records import Record, Records
 from experiments.training.report import megabytes
 
@@ -184,8 +184,8 @@ def plot(rows: Sequence[Row]) -> Figure:
         panel.set_ylabel(f"{TASKS[task].metrics[0]} (%)")
         panel.set_xticks([])
         panel.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
+    shown = legend_of(axes)
+    figure.legend(shown.values(), shown.keys(), loc="outside right center")
     return figure
 
 

@@ -19,6 +19,8 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from experiments.files import replace_text
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -153,8 +155,14 @@ def save(
         for name, layer in zip(entry.tensors(whole.shape), layers, strict=True):
             tensors[name] = jnp.asarray(layer.T if entry.transposed else layer)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", "utf-8")
+    unfinished = folder / f"{WEIGHTS}.tmp"
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    except SafetensorError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{folder / WEIGHTS} cannot be written ({error}).") from error
+    unfinished.replace(folder / WEIGHTS)
+    replace_text(folder / CONFIG, json.dumps(dict(config), indent=2) + "\n")
 
 
 def _files(folder: Path) -> dict[str, Path]:

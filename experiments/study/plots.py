@@ -2,9 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -38,6 +38,15 @@ def looks(arms: Sequence[str]) -> dict[str, Look]:
         for color in COLOURS
     )
     return dict(zip(sorted(arms), every, strict=False))
+
+
+def legend_of(panels: Iterable[Axes]) -> dict[str, Any]:
+    """Returns what a legend shows, by name, of all panels of a figure."""
+    return {
+        label: handle
+        for panel in panels
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
 
 
 def draw(summaries: Sequence[Summary], folder: Path) -> list[str]:

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from experiments.files import replace_text
 from experiments.study.arms import Arm, Run
 from experiments.study.subject import Shared, Subject
 from experiments.training.record import compare
@@ -161,9 +161,7 @@ class Records:
         head = "".join(f"{_dump(key)}: {_dump(facts[key])},\n" for key in facts)
         lines = ",\n".join(_dump(_fields(self.runs[run])) for run in by_name)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(f'{{\n{head}"runs": [\n{lines}\n]\n}}\n', "utf-8")
-        os.replace(unfinished, self.path)
+        replace_text(self.path, f'{{\n{head}"runs": [\n{lines}\n]\n}}\n')
 
 
 def _fields(record: Record) -> dict[str, Any]:

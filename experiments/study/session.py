@@ -1,16 +1,15 @@
 """One call of a command that trains: text, records, runs, report."""
 
 import dataclasses
-import fcntl
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
 from experiments.command import INTERRUPTED
+from experiments.files import alone
 from experiments.study.arms import Arm
 from experiments.study.conduct import Conductor
 from experiments.study.records import Records
@@ -71,7 +70,7 @@ class Session:
             ValueError: The text cannot be read, or the folder's study.json is another
                 study's.
         """
-        with self._alone():
+        with alone(self.folder / "runs", "give another --study-dir"):
             return self._work(console)
 
     def _work(self, console: Console) -> int:
@@ -104,21 +103,6 @@ class Session:
             console.print("Saved. Start the same command again to go on.")
             return 128 + stopped_by
         return 1 if conductor.failures else 0
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keeps other commands out of the folder: each would undo the other's file."""
-        runs = self.folder / "runs"
-        runs.mkdir(parents=True, exist_ok=True)
-        with (runs / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OSError(
-                    f"another command is at work in {self.folder}: wait for it, or "
-                    "give another --study-dir."
-                ) from error
-            yield
 
     def _records(self) -> Records:
         """The folder's records, which are told of this command."""

@@ -159,7 +159,8 @@ def read(
     """
     found, left_out = [], {}
     for path in paths:
-        lines = path.read_text("utf-8").splitlines()[:most]
+        # Not `splitlines`: texts may hold what it takes for ends of lines.
+        lines = path.read_text("utf-8").rstrip("\n").split("\n")[:most]
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)

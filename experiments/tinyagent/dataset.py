@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments.data.hub import dataset_folder
 from experiments.data.text_files import TextError
+from experiments.files import replace_text
 from experiments.tinyagent.plan import (
     END_OF_PLAN,
     Plan,
@@ -113,7 +114,7 @@ def write_dataset(path: Path, examples: Iterable[Example]) -> int:
       OSError: The file cannot be written.
     """
     found = {example.name: _record(example) for example in examples}
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    replace_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return len(found)
 
 

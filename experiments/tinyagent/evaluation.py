@@ -1,10 +1,11 @@
 """How well a model plans: `python -m experiments.tinyagent evaluate --help`.
 
-Examples -> prompts -> plans, a batch at a time -> scores -> a JSON file, which
-`table` reads.
+Examples -> prompts -> plans, a batch at a time, each kept at once -> scores -> a JSON
+file, which `table` reads.
 """
 
 import dataclasses
+import hashlib
 import json
 import shlex
 import statistics
@@ -19,12 +20,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments.command import explain_memory
+from experiments.command import INTERRUPTED, explain_memory
 from experiments.configs.run import MeshConfig, check_at_least
 from experiments.configs.tinyagent import (
     PlannerModelConfig,
     RequestsConfig,
 )
+from experiments.files import replace_text
 from experiments.tinyagent import bfcl
 from experiments.tinyagent.examples import load_test
 from experiments.tinyagent.planner import Planner, WritingConfig
@@ -33,6 +35,7 @@ from experiments.tinyagent.prompt import put
 from experiments.tinyagent.retrieval import Retriever
 from experiments.tinyagent.score import Score, score
 from experiments.tinyagent.trained import prompt_of, settings_of
+from experiments.tinyagent.unfinished import Unfinished
 from experiments.training.run import reporter
 
 MADE_UP = "made up by a grammar, for development: says little about real requests"
@@ -54,6 +57,8 @@ class EvaluateConfig:
 
     python -m experiments.tinyagent evaluate --model.name runs/tinyagent-adamw/model
 
+    What is cut short, by Ctrl-C too, goes on when the same command is started again.
+
     Attributes:
         data: What is asked: the test split of TinyAgent's data, or made-up requests.
         writing: How it answers.
@@ -67,7 +72,7 @@ class EvaluateConfig:
             --shown-examples the examples, of made requests' prompts.
         out: JSON file to write. None: one named after what is asked, beside the model
             if it is of a run, else in runs/.
-        overwrite: Replace that file.
+        overwrite: Replace that file, and what a command that was cut short has left.
     """
 
     data: tyro.conf.OmitArgPrefixes[RequestsConfig]
@@ -106,12 +111,19 @@ class EvaluateConfig:
         if self.out is not None:
             return self.out
         asked = "made" if self.data.data is None else Path(self.data.data).stem
+        if self.retriever is not None:
+            asked += "-retrieved"
         if self.bfcl:
             asked = "-".join(["bfcl", *(path.stem for path in self.bfcl)])
-        name, model = f"evaluation-{asked}.json", Path(self.model.name)
+        name, model = f"evaluation-{asked}.json", Path(self.model.name).expanduser()
         if settings_of(self.model.name) is not None:
             return model.parent / name
-        return Path("runs") / f"{model.stem}-{name}"
+        return Path("runs") / f"{model.name.removesuffix('.gguf')}-{name}"
+
+    @property
+    def unfinished(self) -> Path:
+        """What is written until all is there."""
+        return self.file.with_suffix(".unfinished.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,15 +145,19 @@ def main(args: Sequence[str] | None = None) -> int:
         console = Console(highlight=False)
         prepare(config)
         found = evaluate(config, console)
+        show(found, console)
         found = {"command": f"{PROGRAM} evaluate {shlex.join(args)}".strip(), **found}
         text = json.dumps(found, indent=1, ensure_ascii=False)
-        config.file.write_text(text + "\n", "utf-8")
+        replace_text(config.file, text + "\n")
+        config.unfinished.unlink()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except jax.errors.JaxRuntimeError as error:
         return explain_memory(error, MEMORY)
-    show(found, console)
+    except KeyboardInterrupt:
+        print("Saved. Start the same command again to go on.", file=sys.stderr)
+        return INTERRUPTED
     console.print(f"Scores and plans: {config.file}", markup=False, soft_wrap=True)
     return 0
 
@@ -191,39 +207,55 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         ValueError: Model or data cannot be read, or there are none.
         OSError: A file cannot be read.
     """
-    report, trained = reporter(console), _trained(config.model.name)
+    report = reporter(console)
     questions, left_out = _questions(config, report)
     size = config.batch_size
     # Alike in length: a batch is padded to its longest prompt.
     questions = sorted(questions, key=lambda question: len(question.prompt))
-    plans: list[dict[str, Any]] = []
+    facts = {
+        "model": config.model.name,
+        "trained": _trained(config.model.name),
+        "data": _data(config),
+        "settings": {
+            **dataclasses.asdict(config.writing),
+            **_prompt(config),
+            "retriever": None if config.retriever is None else str(config.retriever),
+            "dtype": config.model.dtype,
+        },
+    }
     speeds: list[float] = []
     with (
         Planner.open(config.model, config.mesh, report) as planner,
         Progress(console=console) as progress,
     ):
-        task = progress.add_task("Planning", total=len(questions))
-        for first in range(0, len(questions), size):
+        prints = {"weights": planner.fingerprint, "prompts": _fingerprint(questions)}
+        unfinished = Unfinished(config.unfinished, facts | prints)
+        plans = unfinished.start(afresh=config.overwrite)
+        if plans:
+            report(f"{len(plans)} of {len(questions)} plans are there already.")
+        done = len(plans)
+        task = progress.add_task("Planning", total=len(questions), completed=done)
+        for first in range(done, len(questions), size):
             batch = questions[first : first + size]
             prompts = [question.prompt for question in batch]
             written = planner.write(prompts, config.writing, size)
             if written.tokens_per_second is not None:
                 speeds.append(written.tokens_per_second)
-            for question, text in zip(batch, written.texts, strict=True):
-                plans.append(
-                    {
-                        "name": question.name,
-                        "request": question.request,
-                        "plan": text,
-                        "label": question.label,
-                        **dataclasses.asdict(question.judge(text)),
-                    }
-                )
+            more = [
+                {
+                    "name": question.name,
+                    "request": question.request,
+                    "plan": text,
+                    "label": question.label,
+                    **dataclasses.asdict(question.judge(text)),
+                }
+                for question, text in zip(batch, written.texts, strict=True)
+            ]
+            unfinished.add(more)
+            plans += more
             progress.update(task, advance=len(batch))
     return {
-        "model": config.model.name,
-        "trained": trained,
-        "data": _data(config),
+        **facts,
         "left_out": left_out,
         "count": len(plans),
         "scores": {
@@ -232,12 +264,6 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         },
         # None: every batch had a program of its own, whose compiling is no speed.
         "tokens_per_second": statistics.median(speeds) if speeds else None,
-        "settings": {
-            **dataclasses.asdict(config.writing),
-            **_prompt(config),
-            "retriever": None if config.retriever is None else str(config.retriever),
-            "dtype": config.model.dtype,
-        },
         "plans": plans,
     }
 
@@ -319,4 +345,13 @@ def _trained(name: str) -> dict[str, Any] | None:
         "data": settings["data"]["data"] or MADE_UP,
         "examples": settings["examples"]["train"],
         "epochs": settings["run"]["epochs"],
+        "batch_size": settings["run"]["batch_size"],
+        "max_length": settings["data"]["max_length"],
+        "optimization": optimization,
     }
+
+
+def _fingerprint(questions: Sequence[Question]) -> str:
+    """SHA-256 of what is asked, in hex."""
+    asked = [(one.name, one.prompt, one.label) for one in questions]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()

@@ -21,6 +21,7 @@ from experiments.tinyagent.dataset import Example
 from experiments.tinyagent.examples import load_training, tell_left_out
 from experiments.tinyagent.prompt import put
 from experiments.tinyagent.source import LlamaSource, open_llama
+from experiments.tinyagent.trained import write_settings
 from experiments.training import distributed
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Plan
@@ -58,11 +59,20 @@ def prepare(
         if distributed.is_first():
             save_llama(folder.model, shape, merged, source.facts)
             source.tokenizer.save(str(folder.model / "tokenizer.json"))
+            write_settings(folder.model, config.as_dict() | data)
 
     facts = {
         "train": train.fingerprint,
         "validation": validation.fingerprint,
         "model": source.fingerprint,
+    }
+    data = {
+        "examples": {
+            "train": len(train.prompts),
+            "validation": len(validation.prompts),
+            "left_out": examples.left_out | long | more,
+            "fingerprints": facts,
+        }
     }
     return Job(
         parts=make_parts(config, steps, init_params, loss_fn),
@@ -70,14 +80,7 @@ def prepare(
         batches=batches,
         evaluate=evaluate,
         fingerprints=facts,
-        data={
-            "examples": {
-                "train": len(train.prompts),
-                "validation": len(validation.prompts),
-                "left_out": examples.left_out | long | more,
-                "fingerprints": facts,
-            }
-        },
+        data=data,
         throughput=lambda tokens, seconds: {"tokens_per_second": tokens / seconds},
         pretrained=source.load,
         finish=finish,

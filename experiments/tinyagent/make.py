@@ -30,6 +30,7 @@ class MakeConfig:
         split: Each has ways to say things of its own.
         seed: Of one seed always the same examples.
         prompt: What the planner is told in them.
+        overwrite: Replace that file.
     """
 
     out: tyro.conf.Positional[Path]
@@ -39,6 +40,7 @@ class MakeConfig:
     prompt: tyro.conf.OmitArgPrefixes[MadePromptConfig] = dataclasses.field(
         default_factory=MadePromptConfig
     )
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked alone."""
@@ -54,6 +56,8 @@ def main(args: Sequence[str] | None = None) -> int:
             prog=f"{PROGRAM} make",
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+        if config.out.exists() and not config.overwrite:
+            raise ValueError(f"{config.out} is there already: give --overwrite.")
         made = examples.make(config.prompt, config.split, config.seed)
         config.out.parent.mkdir(parents=True, exist_ok=True)
         count = write_dataset(config.out, itertools.islice(made, config.count))

@@ -7,7 +7,6 @@ from typing import Self
 
 import jax
 import optax
-import tokenizers
 
 from experiments.configs.run import MeshConfig, check_at_least
 from experiments.configs.tinyagent import PlannerModelConfig
@@ -15,7 +14,7 @@ from experiments.models.functional import functional_llama
 from experiments.models.generation import Generator
 from experiments.tinyagent.job import llama_config
 from experiments.tinyagent.plan import END_OF_PLAN
-from experiments.tinyagent.source import open_llama
+from experiments.tinyagent.source import LlamaSource, open_llama
 from experiments.training.mesh import make_mesh
 from experiments.training.state import create_state
 
@@ -58,11 +57,10 @@ class Written:
 class Planner:
     """Writes plans, a batch at a time."""
 
-    def __init__(
-        self, generator: Generator, tokenizer: tokenizers.Tokenizer, end: int
-    ) -> None:
-        """Take a model, its tokenizer and the token that ends a text."""
-        self._generator, self._tokenizer, self._end = generator, tokenizer, end
+    def __init__(self, generator: Generator, source: LlamaSource) -> None:
+        """Take a model and what it is made of."""
+        self._generator, self._end = generator, source.end
+        self._tokenizer, self.fingerprint = source.tokenizer, source.fingerprint
 
     @classmethod
     @contextlib.contextmanager
@@ -97,7 +95,7 @@ class Planner:
                 mesh=found,
                 pretrained=source.load,
             )
-            yield cls(Generator(shape, state.params), source.tokenizer, source.end)
+            yield cls(Generator(shape, state.params), source)
 
     def write(
         self, prompts: Sequence[str], config: WritingConfig, batch_size: int

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.data.text_files import TextError
-from experiments.study.plots import looks
+from experiments.study.plots import legend_of, looks
 from experiments.tinyagent.evaluation import MEASURES, written
 from experiments.tinyagent.presets import PROGRAM
 
@@ -131,13 +131,8 @@ def plot(tables: Mapping[str, Rows]) -> Figure:
         panel.set_xticks(range(len(_SHARES)), _SHARES)
         panel.set(title=data, ylabel="share (%)", ylim=(0, 105))
         panel.grid(axis="y", alpha=0.3)
-    handles = {
-        label: handle
-        for panel in panels
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    place = {"loc": "outside upper center", "ncols": 2}
-    figure.legend(handles.values(), handles.keys(), **place)
+    shown, place = legend_of(panels), {"loc": "outside upper center", "ncols": 2}
+    figure.legend(shown.values(), shown.keys(), **place)
     return figure
 
 
@@ -170,10 +165,10 @@ def _seed(one: Mapping[str, Any]) -> int | None:
 
 
 def _apart_from_seed(one: Mapping[str, Any]) -> dict[str, Any]:
-    trained = one["trained"]
+    trained, asked = one["trained"], {**one["settings"], "count": one["count"]}
     if trained is None:
-        return {"model": one["model"], **one["settings"]}
-    return {**one["settings"], **trained, "seed": None}
+        return {**asked, "model": one["model"]}
+    return {**asked, **trained, "seed": None}
 
 
 def _order(one: Mapping[str, Any]) -> tuple[str, bool, str, int]:

@@ -1,8 +1,8 @@
-"""What a run in whose folder a model lies says of it."""
+"""How a model was trained: a file in its folder, which goes with it."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import tyro
 
 from experiments.configs.tinyagent import MadePromptConfig
 from experiments.data.text_files import TextError
+from experiments.files import replace_text
+
+_FILE = "training.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +25,19 @@ class _Choice:
     model: _Model = _Model()
 
 
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes a run's settings into its model's folder."""
+    replace_text(folder / _FILE, json.dumps(settings, indent=2) + "\n")
+
+
 def settings_of(name: str) -> dict[str, Any] | None:
     """Returns the settings of the run that a model is of, None without one.
 
     Raises:
-      TextError: Its config.json is none of `train`.
+      TextError: Its file is none of `train`.
     """
-    path = Path(name).parent / "config.json"
-    if Path(name).name != "model" or not path.exists():
+    path = Path(name).expanduser() / _FILE
+    if not path.exists():
         return None
     try:
         settings = json.loads(path.read_text("utf-8"))

@@ -161,24 +161,27 @@ class Checkpointer:
         )
 
     def best(self, state: TrainState) -> TrainState:
-        """Returns the best checkpoint's state.
+        """Returns the best checkpoint's state; of those that can be read, with a word.
 
         Args:
             state: Has its shapes and shardings.
 
         Raises:
-            ResumeError: There is none that was ranked, or it cannot be read.
+            ResumeError: There is none that was ranked and can be read.
         """
-        step = self._best.best(self._manager.all_steps())
-        if step is None:
-            raise ResumeError(f"no checkpoint in {self.directory} has been evaluated.")
-        try:
-            return self._read(step, state)[0]
-        except DamagedError as error:
-            raise ResumeError(
-                f"{self.directory / str(step)}, the best checkpoint, cannot be read "
-                f"({error})."
-            ) from error
+        steps = set(self._manager.all_steps())
+        while (step := self._best.best(steps)) is not None:
+            try:
+                return self._read(step, state)[0]
+            except DamagedError as error:
+                self._report(
+                    f"{self.directory / str(step)}, the best checkpoint, cannot be "
+                    f"read ({error}): the next best takes its place."
+                )
+                steps.remove(step)
+        raise ResumeError(
+            f"no checkpoint in {self.directory} that has been evaluated can be read."
+        )
 
     def save(
         self,

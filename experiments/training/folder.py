@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from experiments.files import replace_text
 from experiments.training.metrics import read_metrics
 from experiments.training.record import compare
 
@@ -146,9 +147,7 @@ class RunFolder:
             OSError: It cannot be written; one that was there stays as it is.
         """
         with self._writing():
-            unfinished = self.config.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-            unfinished.replace(self.config)
+            replace_text(self.config, json.dumps(config, indent=2) + "\n")
 
     def delete_run(self) -> None:
         """Deletes the run that the folder holds; files that are no run's stay.

@@ -1,6 +1,6 @@
 """Which checkpoints stay."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from orbax.checkpoint import checkpoint_managers
@@ -29,7 +29,7 @@ class LowestRank(checkpoint_managers.PreservationPolicy):
         best = self.best(steps)
         return [step == best for step in steps]
 
-    def best(self, steps: Sequence[int]) -> int | None:
+    def best(self, steps: Iterable[int]) -> int | None:
         """Returns the step of the lowest rank among these, None if none is known."""
         known = [step for step in steps if step in self._ranks]
         return min(known, key=self._ranks.__getitem__, default=None)

@@ -16,6 +16,7 @@ from rich.console import Console
 from experiments.assembly import Parts, mesh_of, step_of
 from experiments.configs.run import TrainingConfig
 from experiments.data.batches import Batches, Share
+from experiments.files import alone
 from experiments.training import distributed
 from experiments.training.checkpoint import Checkpointer
 from experiments.training.folder import RunFolder
@@ -98,16 +99,17 @@ def run(
         OSError: A file cannot be read or written.
     """
     settings = config.run
-    with distributed.agreed():
-        if distributed.is_first():
-            folder.claim(
-                resume=settings.resume,
-                auto_resume=settings.auto_resume,
-                overwrite=settings.overwrite,
-            )
-        layout = lay_out(config, console)
-        job = prepare(layout)
     with contextlib.ExitStack() as stack:
+        with distributed.agreed():
+            if distributed.is_first():
+                folder.claim(
+                    resume=settings.resume,
+                    auto_resume=settings.auto_resume,
+                    overwrite=settings.overwrite,
+                )
+                stack.enter_context(alone(folder.path, "give another --run-dir"))
+            layout = lay_out(config, console)
+            job = prepare(layout)
         stack.callback(job.batches.close)
         if layout.mesh is not None:
             stack.enter_context(jax.set_mesh(layout.mesh))

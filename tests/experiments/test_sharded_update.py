@@ -104,6 +104,12 @@ def test_what_is_orthogonalised_comes_back_without_a_sum_of_whole_matrices(layou
     assert found["all-to-all"] and bool(found["all-gather"]) == (layout[0] > 1)
 
 
+def test_nor_with_one_on_auto_axes():
+    fsdp = (1, 8, 1)
+    found = moved(CONFIG, fsdp, "orthogonal", explicit=False)
+    assert found == moved(CONFIG, fsdp, "orthogonal")
+
+
 @pytest.mark.parametrize("layout", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_a_refresh_gives_each_device_layers_of_its_own(layout):
     program = compiled_update(

@@ -103,6 +103,17 @@ def test_two_programs_give_the_steps_of_one():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_a_refresh_asked_for_in_a_whole_window_is_one_of_its_beginning():
+    weights = params()
+    tx = natural(accumulation_steps=WINDOW)
+    state = split = tx.init(weights)
+    for i, gradient in enumerate(gradients(weights, steps=3 * WINDOW)):
+        updates, state = tx.update(gradient, state, weights)
+        due = i // WINDOW % GAP == 0
+        same, split = tx.update(gradient, split, weights, refresh=due)
+        chex.assert_trees_all_close(updates, same, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_dtypes(dtype):
     """Sums are kept in float32 at least; types of state and updates are stable."""

@@ -299,5 +299,10 @@ def test_aliases_pass_errors_on(alias):
         alias(0.1, rank=0)
     with pytest.raises(ValueError, match="at_refresh must be one of"):
         alias(0.1, rank=2, moments_at_refresh="turn")
+    for name, value in (("b1", 1.0), ("b2", -0.1), ("eps", -1e-8)):
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+            alias(0.1, rank=2, **{name: value})
+    with pytest.raises(ValueError, match="weight_decay must be at least 0, got"):
+        alias(0.1, rank=2, weight_decay=-0.1)
     with pytest.raises(ValueError, match="rank=6 is larger than a side"):
         alias(0.1, rank=6).init(params())

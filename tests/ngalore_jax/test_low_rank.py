@@ -252,7 +252,10 @@ def test_rank_above_a_side_is_an_error_or_clipped():
         (dict(rank=2.0), TypeError, "rank must be an int.*static_args"),
         (dict(rank=True), TypeError, "rank must be an int"),
         (dict(rank=0), ValueError, "rank must be at least 1, got 0"),
-        (dict(update_proj_gap=0), ValueError, "update_proj_gap must be at least 1"),
+        (dict(update_proj_gap=0), ValueError, "update_proj_gap must be a whole number"),
+        (dict(update_proj_gap=2.5), ValueError, "of at least 1, got 2.5"),
+        (dict(residual=ng.fira), TypeError, r"such as ng.orthogonal\(\) \(called\)"),
+        (dict(residual="fira"), TypeError, "a number or None, got 'fira'"),
         (dict(side="top"), ValueError, "side must be one of .*'top'"),
     ],
 )

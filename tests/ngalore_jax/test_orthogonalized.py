@@ -86,6 +86,26 @@ def test_a_matrix_without_a_finite_gradient_coasts():
     chex.assert_trees_all_close(updates[2][1], whole[2][1], atol=1e-5)
 
 
+def test_nothing_is_outside_a_subspace_that_is_all_of_the_space():
+    """No update of rounding, blown up to full size, and no state for it."""
+    tx = only_residual(ng.orthogonal(), rank=5)
+    updates, states = run(tx, reference.gradients(0, 4, 5, 9))
+    assert not np.any(updates)
+    assert not jax.tree.leaves(states[-1].residual)
+
+
+def test_what_lies_in_the_subspace_leaves_nothing_outside():
+    """As a gradient of low rank does, but for rounding of one part in a million."""
+    dice = np.random.default_rng(0)
+    left, right = dice.normal(size=(64, 2)), dice.normal(size=(4, 2, 96))
+    updates, _ = run(only_residual(EXACT), list(left @ right))
+    assert not np.any(updates)
+    # A thousandth of it outside is no rounding.
+    stream = list(left @ right + 1e-3 * dice.normal(size=(4, 64, 96)))
+    updates, _ = run(only_residual(EXACT), stream)
+    assert np.std(updates[-1]) > 1
+
+
 def test_no_gradient_no_update():
     updates, _ = run(only_residual(ng.orthogonal()), [np.zeros((5, 9))] * 2)
     assert np.all(np.array(updates) == 0)

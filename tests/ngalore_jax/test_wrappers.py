@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+import ngalore_jax as ng
 from tests.ngalore_jax.transforms import (
     LEARNING_RATE,
     NAMES,
@@ -123,3 +124,29 @@ def test_chain_with_clipping_masked_and_partition(name):
         assert_close({k: updates[k] for k in gradient}, run(name).updates[step])
         np.testing.assert_array_equal(updates["frozen"], np.zeros((4, 4)))
         np.testing.assert_array_equal(updates["plain"], frozen)
+
+
+@pytest.mark.parametrize("at_refresh", ["rotate", "reset"])
+def test_masked_and_partition_inside_low_rank(at_refresh):
+    """Each leaf as if it was alone, over refreshes."""
+    weights = {"a": jnp.zeros((6, 8)), "b": jnp.zeros((2, 5, 9)), "c": jnp.zeros(4)}
+    inside = optax.chain(
+        ng.scale_by_natural_gradient(3, 0.1, at_refresh=at_refresh),
+        ng.scale_by_subspace_adam(at_refresh=at_refresh),
+    )
+
+    def updates_of(inner, names="abc"):
+        tx = ng.low_rank(inner, 2, update_proj_gap=2)
+        state, found = tx.init({name: weights[name] for name in names}), []
+        for gradient in gradients(weights, steps=5):
+            updates, state = tx.update({n: gradient[n] for n in names}, state)
+            found.append(updates)
+        return found
+
+    masked = updates_of(optax.masked(inside, {"a": True, "b": False, "c": True}))
+    parts = {"natural": inside, "as it is": optax.identity()}
+    labels = {"a": "natural", "b": "as it is", "c": "natural"}
+    assert_close(updates_of(optax.partition(parts, labels)), masked)
+    for inner, names in ((inside, "ac"), (optax.identity(), "b")):
+        some = [{name: updates[name] for name in names} for updates in masked]
+        assert_close(some, updates_of(inner, names))
