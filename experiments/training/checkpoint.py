@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -114,7 +115,9 @@ class Checkpointer:
         """Returns the state that a run begins with: a restored one, or `state`.
 
         Args:
-            state: The initial state; its shardings are those of the result.
+            state: The initial state; its shardings are those of the result. Where
+                another is restored, its arrays are deleted first: devices that hold
+                one state need not hold two.
             batches: Is set to the saved position, if a state is restored.
             resume: A checkpoint must be there.
             auto_resume: A checkpoint may be there.
@@ -125,7 +128,10 @@ class Checkpointer:
                 they belong to a run of another identity.
         """
         if self.latest_step is not None and (resume or auto_resume):
-            return self.restore(state, batches)
+            abstract = abstract_like(state)
+            for array in jax.tree.leaves(state):
+                array.delete()
+            return self.restore(abstract, batches)
         if self.latest_step is not None:
             raise FileExistsError(
                 f"{self.directory} holds checkpoints of a run: --resume goes on with "

@@ -98,7 +98,7 @@ def _agreed(read: Callable[[], Any]) -> Any:
             raise OSError(
                 f"a checkpoint could not be read, which says nothing about its state "
                 f"({found}). Nothing was changed: try --resume again when storage and "
-                "devices are there."
+                "devices are there, with memory to spare."
             )
     if problems:
         raise DamagedError(problems[0])

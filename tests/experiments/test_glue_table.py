@@ -136,6 +136,14 @@ def test_every_method_is_tuned_alike_on_every_task(make, runs, tmp_path, capsys)
     assert table.main([str(tmp_path / "nowhere")]) == 1
 
 
+def test_the_plot_names_a_method_that_has_not_come_to_every_task(make, tmp_path):
+    assert make("--tasks", "mrpc", "--methods", "full=--method adamw") == 0
+    assert make("--tasks", "sst2") == 0
+    records = Records.read(tmp_path / "table" / "study.json")
+    (legend,) = table.plot(table.rows_of(records)).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["full", "lora_r2"]
+
+
 def test_of_one_seed_there_is_no_span_and_of_few_rates_no_inside(make, tmp_path):
     few = "--tasks sst2 --seeds 0 --factors 1 1.5 --extensions 0".split()
     assert make(*few) == 0

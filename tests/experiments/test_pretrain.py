@@ -1,5 +1,6 @@
 """The command: from text files to a report, interrupted and resumed on the way."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 
 from experiments import kill_test
+from experiments.files import alone
 from experiments.presets import parse, preset
 from experiments.pretrain import main
 from experiments.training.folder import RunFolder
 from experiments.training.metrics import read_metrics
+from experiments.training.report import Report
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -81,6 +84,27 @@ def test_a_run_leaves_all_that_explains_it(straight, texts):
         assert part in report
     assert (straight / "loss.png").stat().st_size > 1000
     assert (straight / "checkpoints" / str(STEPS)).is_dir()
+
+
+def test_a_folder_is_one_runs_at_a_time(straight, texts, capsys):
+    with alone(straight, ""):
+        assert main(arguments(texts, straight, "--auto-resume")) == 1
+    assert f"another command is at work in {straight}" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_says_so(straight, texts, monkeypatch, capsys):
+    """And is made again by a resume, when there is room."""
+    (straight / "report.md").unlink()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "write", full)
+        assert main(arguments(texts, straight, "--resume")) == 1
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert main(arguments(texts, straight, "--resume")) == 0
+    assert (straight / "report.md").exists()
 
 
 def test_ctrl_c_and_resume_end_where_the_undisturbed_run_does(

@@ -161,7 +161,9 @@ ENVIRONMENT = {
 }
 
 
-def test_what_was_measured_is_kept_when_the_bench_is_interrupted(tmp_path, monkeypatch):
+def test_what_was_measured_is_kept_when_the_bench_is_interrupted(
+    tmp_path, monkeypatch, capsys
+):
     row = Row("energy", "demo", "1 iteration", figures={"rank": 1.0}, samples=SAMPLES)
 
     def interrupted():
@@ -177,6 +179,13 @@ def test_what_was_measured_is_kept_when_the_bench_is_interrupted(tmp_path, monke
     facts = json.loads((tmp_path / "bench.json").read_text())
     assert len(facts["rows"]) == 1
     assert (tmp_path / "bench.md").exists()
+    # Another one does not take its place unasked.
+    tasks[:] = []
+    assert command.main([*SETTINGS, "--bench-dir", str(tmp_path)]) == 1
+    assert "--overwrite replaces them" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 1
+    again = [*SETTINGS, "--bench-dir", str(tmp_path), "--overwrite"]
+    assert command.main(again) == 0
 
 
 SAMPLES = {"mean over matrices": [1.0]}

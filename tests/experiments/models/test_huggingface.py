@@ -5,10 +5,16 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from experiments.models import huggingface
 from experiments.models.encoder import functional_encoder
-from experiments.models.encoder_checkpoint import load_encoder, read_encoder_config
+from experiments.models.encoder_checkpoint import (
+    load_encoder,
+    read_encoder_config,
+    save_encoder,
+)
 from experiments.models.huggingface import CheckpointError
 from tests.experiments import small_encoder
 
@@ -30,6 +36,22 @@ def edit(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def test_weights_that_cannot_be_written_are_named_and_the_old_ones_stay(
+    folder, monkeypatch
+):
+    def full(tensors, path, metadata):
+        path.write_text("half")
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    params, config = load(folder), read_encoder_config(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(OSError, match=r"safetensors cannot be written .*No space"):
+        save_encoder(folder, config, params)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_a_missing_tensor_names_itself(folder):

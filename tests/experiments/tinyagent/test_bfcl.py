@@ -101,6 +101,15 @@ def test_the_first_questions_of_each_file(tmp_path):
     assert [one.name for one in found] == ["one0", "one1", "two0", "two1"]
 
 
+def test_a_text_may_hold_what_other_formats_take_for_ends_of_lines(tmp_path):
+    spoken = {"question": [[{"role": "user", "content": "Play\u2028it\x85now"}]]}
+    path = tmp_path / "questions"
+    lines = [json.dumps(one, ensure_ascii=False) for one in (PLAY | spoken, PLAY)]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    first, _ = bfcl.read([path], None, print)[0]
+    assert first.request == "Play\u2028it\x85now"
+
+
 @pytest.mark.parametrize(
     "change",
     [

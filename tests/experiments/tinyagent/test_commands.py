@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from experiments import kill_test
 from experiments.tinyagent import __main__ as command
 from experiments.tinyagent import evaluation, show
 from experiments.tinyagent.evaluation import MADE_UP
+from experiments.tinyagent.planner import Planner
 from experiments.training.folder import RunFolder
 from tests.experiments.tinyagent import dataset_files
 from tests.experiments.tinyagent.bfcl_files import PLAY
@@ -153,6 +155,11 @@ def test_before_and_after_stand_in_a_table(model, data, trained, tmp_path, capsy
     assert command.main(["table", *files, "--out", str(tmp_path)]) == 1
     assert "differ in more than the seed" in capsys.readouterr().err
     other["trained"]["epochs"] = EPOCHS
+    other["trained"]["optimization"]["update_proj_gap"] = 200
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert command.main(["table", *files, "--out", str(tmp_path)]) == 1
+    assert "differ in more than the seed" in capsys.readouterr().err
+    other["trained"]["optimization"]["update_proj_gap"] = 10
     (tmp_path / "other.json").write_text(json.dumps(other))
     assert command.main(["table", *files, "--out", str(tmp_path)]) == 0
     assert "100.0 (100.0 to 100.0)" in (tmp_path / "table.md").read_text()
@@ -207,14 +214,71 @@ def test_prompts_are_as_the_run_had_them(model, data, tmp_path):
     assert (
         evaluation.parse([*trained, "--other-tools", "2"]).data.prompt.other_tools == 2
     )
-    path = tmp_path / "run" / "config.json"
-    path.write_text("{}")
-    assert command.main(["evaluate", *trained]) == 1
+    # Also where the model is taken.
+    best = tmp_path / "best-1.1"
+    shutil.copytree(tmp_path / "run" / "model", best)
+    config = evaluation.parse(["--model.name", str(best)])
+    assert config.data.prompt == prompt
+    assert config.file == tmp_path / "evaluation-made.json"
+    (best / "training.json").write_text("{}")
+    assert command.main(["evaluate", "--model.name", str(best)]) == 1
+
+
+def test_names_of_evaluations():
+    for more, expected in (
+        ("org/TinyLlama-1.1B", "runs/TinyLlama-1.1B-evaluation-made.json"),
+        ("x/SmolLM2.Q4_1.gguf", "runs/SmolLM2.Q4_1-evaluation-made.json"),
+        ("m --retriever tools", "runs/m-evaluation-made-retrieved.json"),
+        ("m --bfcl a.jsonl b.jsonl", "runs/m-evaluation-bfcl-a-b.json"),
+    ):
+        config = evaluation.parse(["--model.name", *more.split()])
+        assert str(config.file) == expected
+
+
+def test_an_evaluation_goes_on_where_it_was_cut(
+    trained, data, tmp_path, monkeypatch, capsys
+):
+    given = (trained / "model", "--data", data, "--out")
+    assert evaluate(*given, tmp_path / "straight.json") == 0
+    write, asked = Planner.write, []
+
+    def cut(self, prompts, *rest):
+        asked.append(len(prompts))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return write(self, prompts, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Planner, "write", cut)
+        assert evaluate(*given, tmp_path / "cut.json") == 130
+        assert "Start the same command again" in capsys.readouterr().err
+        left = tmp_path / "cut.unfinished.jsonl"
+        with left.open("a") as file:
+            file.write('{"name": "te')  # as a kill leaves it
+        assert evaluate(*given, tmp_path / "cut.json", "--max-new-tokens", "9") == 1
+        said = capsys.readouterr().err
+        assert "settings.max_new_tokens: 112 there, 9 now" in said
+        assert "--overwrite deletes them" in said
+        assert evaluate(*given, tmp_path / "cut.json") == 0
+    assert asked == [4, 2, 2]
+    assert "4 of 6 plans are there already" in capsys.readouterr().out
+    assert not left.exists()
+    straight, resumed = (
+        json.loads((tmp_path / f"{name}.json").read_text())
+        for name in ("straight", "cut")
+    )
+    for name in straight.keys() - {"command", "tokens_per_second"}:
+        assert straight[name] == resumed[name]
 
 
 def test_what_was_learnt_is_not_asked(model, data, tmp_path, capsys):
     file = data / "training_data.json"
     assert train(model, file, tmp_path / "run", "--epochs", "1") == 0
+    learnt = tmp_path / "run" / "model"
+    with pytest.raises(SystemExit):
+        train(learnt, data, tmp_path / "run", "--overwrite")
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert f"--overwrite would delete {learnt}, which" in said
     said = (tmp_path / "run" / "report.md").read_text()
     assert f"--data {data / 'testing_data.json'}" in said
     assert evaluate(tmp_path / "run" / "model", "--data", file) == 1
@@ -305,4 +369,7 @@ def test_made_examples_are_a_file_that_is_read(tmp_path, capsys):
     out = tmp_path / "made" / "training_data.json"
     assert command.main(["make", str(out), "--count", "25", "--brief"]) == 0
     assert "25 examples, made up by a grammar" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())) == 25
+    assert command.main(["make", str(out), "--count", "3"]) == 1
+    assert "is there already: give --overwrite" in capsys.readouterr().err
     assert len(json.loads(out.read_text())) == 25

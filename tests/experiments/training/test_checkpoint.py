@@ -75,16 +75,35 @@ def test_the_best_checkpoint_is_found_again(tmp_path):
     np.testing.assert_array_equal(
         best.params["w"], run(tmp_path / "short", steps=4).state.params["w"]
     )
-    truncate(tmp_path / "checkpoints" / "4")
-    with (
-        checkpointer(tmp_path) as saved,
-        pytest.raises(ResumeError, match="4, the best checkpoint, cannot be read"),
-    ):
-        saved.best(initial_state())
     run(tmp_path / "unranked", steps=2)
     with (
         checkpointer(tmp_path / "unranked") as saved,
-        pytest.raises(ResumeError, match=r"no checkpoint .* has been evaluated"),
+        pytest.raises(ResumeError, match=r"no checkpoint .* evaluated can be read"),
+    ):
+        saved.best(initial_state())
+
+
+def test_a_state_that_is_restored_takes_the_place_of_the_initial_one(tmp_path):
+    run(tmp_path, steps=2)
+    initial = initial_state()
+    with checkpointer(tmp_path) as saved:
+        restored = saved.start(initial, Numbers(), resume=True)
+    assert int(restored.step) == 2
+    assert all(array.is_deleted() for array in jax.tree.leaves(initial))
+
+
+def test_the_next_best_takes_the_place_of_a_damaged_best_one(tmp_path):
+    run(tmp_path, steps=6, every=2, keep=8, losses={2: 3.0, 4: 1.0, 6: 2.0})
+    said = []
+    for damaged, best in ((4, 6), (6, 2)):
+        truncate(tmp_path / "checkpoints" / str(damaged))
+        with checkpointer(tmp_path, report=said.append) as saved:
+            assert int(saved.best(initial_state()).step) == best
+        assert f"{damaged}, the best checkpoint, cannot be read" in said[-1]
+    truncate(tmp_path / "checkpoints" / "2")
+    with (
+        checkpointer(tmp_path) as saved,
+        pytest.raises(ResumeError, match=r"no checkpoint .* evaluated can be read"),
     ):
         saved.best(initial_state())
 
