@@ -49,12 +49,11 @@ class FineTuningConfig(TrainingConfig):
         """Check what can be checked without reading anything."""
         super().__post_init__()
         check_at_least(1, self.run, "epochs")
-        source, folder = self.model.name, self.run_dir
-        inside = Path(source).expanduser().resolve().is_relative_to(folder.resolve())
-        if self.run.overwrite and inside:
+        source, own = Path(self.model.name).expanduser(), self.run_dir / "model"
+        if self.run.overwrite and source.resolve() == own.resolve():
             raise ValueError(
                 f"--overwrite would delete {source}, which is to be trained on: give "
-                f"another --run-dir than {folder}."
+                f"another --run-dir than {self.run_dir}."
             )
         if self.optimization.accumulate == "subspace":
             raise ValueError("--accumulate subspace is not for fine-tuning.")
