@@ -223,12 +223,11 @@ def _words(cell: Cell | None, records: Records, *, mark_edge: bool) -> str:
     if all(math.isinf(result) for result in cell.tried.values()):
         return "diverged"
     scores, seeds = cell.scores, len(records.seeds)
-    few = "" if len(scores) == seeds else f", {len(scores)} of {seeds} seeds"
+    notes = [f"{min(scores):.1f} to {max(scores):.1f}"] if len(scores) > 1 else []
+    if len(scores) < seeds:
+        notes.append(f"{len(scores)} of {seeds} seeds")
     edge = "*" if mark_edge and not cell.inside else ""
-    if seeds == 1:
-        return f"{cell.median:.2f}{edge}"
-    span = f"{min(scores):.1f} to {max(scores):.1f}{few}"
-    return f"{cell.median:.2f}{edge} ({span})"
+    return f"{cell.median:.2f}{edge}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _other_scores(rows: Sequence[Row], tasks: Sequence[str]) -> str:

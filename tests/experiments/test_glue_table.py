@@ -136,6 +136,13 @@ def test_every_method_is_tuned_alike_on_every_task(make, runs, tmp_path, capsys)
     assert table.main([str(tmp_path / "nowhere")]) == 1
 
 
+def test_a_cell_of_fewer_seeds_than_others_says_so(make, tmp_path):
+    assert make("--tasks", "mrpc", "--seeds", "0") == 0
+    assert make("--tasks", "sst2") == 0
+    text = (tmp_path / "table" / "glue.md").read_text()
+    assert "| 90.00 (1 of 2 seeds) | 90.50 (90.0 to 91.0) | **90.25** |" in text
+
+
 def test_the_plot_names_a_method_that_has_not_come_to_every_task(make, tmp_path):
     assert make("--tasks", "mrpc", "--methods", "full=--method adamw") == 0
     assert make("--tasks", "sst2") == 0
