@@ -157,13 +157,14 @@ def spread(
         ``(..., a, b)``, where each matrix depends on its own operands alone.
       axes: From :func:`spreading_axes`; none runs ``fn`` as it is.
       out_spec: Spec of every array of the result; its first entry is how the batch is
-        split already.
+        split already. From :func:`known`, it may leave that to the compiler.
     """
     if not axes:
         return fn
     kept = len({*_axes(out_spec[0])} & {*axes})
     sides = [_axes(entry) for entry in out_spec[-2:]]
     unconstrained = Spec.UNCONSTRAINED
+    told = unconstrained not in sides[0]
 
     def run(gradient: jax.Array, basis: jax.Array, count: jax.Array) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
@@ -176,12 +177,18 @@ def spread(
             return jnp.pad(x, ((0, padding), (0, 0), (0, 0)))
 
         def unstack(x: jax.Array) -> jax.Array:
-            # Back likewise, each axis to the side that it splits; then the copies.
+            # Back likewise, each axis to the side that it splits, which the compiler
+            # finds out where types do not tell; then the copies.
             for used in reversed(range(kept, len(axes))):
-                if not any(axes[used] in side for side in sides):
+                if told and not any(axes[used] in side for side in sides):
                     break
-                left = [tuple(a for a in side if a in axes[used:]) for side in sides]
-                spec = Spec(axes[:used] or None, *(side or None for side in left))
+                left = [
+                    tuple(a for a in side if a in axes[used:]) or None
+                    if told
+                    else unconstrained
+                    for side in sides
+                ]
+                spec = Spec(axes[:used] or None, *left)
                 x = jax.lax.with_sharding_constraint(x, spec)
             x = x[:matrices].reshape(*batch, *x.shape[1:])
             return jax.lax.with_sharding_constraint(x, out_spec)

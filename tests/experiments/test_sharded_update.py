@@ -88,26 +88,25 @@ def test_nor_does_one_on_auto_axes(layout, name):
     assert found == expected(CONFIG, layout, name)
 
 
-@pytest.mark.parametrize("layout", [(2, 4, 1), (1, 4, 2), (2, 2, 2)], ids=str)
-def test_what_is_orthogonalised_comes_back_without_a_sum_of_whole_matrices(layout):
+@pytest.mark.parametrize("explicit", [True, False])
+@pytest.mark.parametrize(
+    "layout", [(1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2)], ids=str
+)
+def test_what_is_orthogonalised_comes_back_without_a_sum_of_whole_matrices(
+    layout, explicit
+):
     """By all-to-all, an axis at a time; copies of it by all-gather."""
     found = collections.defaultdict(list)
     program = compiled_update(
         OPTIMIZERS["orthogonal"](),
         matrices(MULTI_HEAD),
-        make_mesh(*layout),
+        make_mesh(*layout, explicit=explicit),
         refresh=False,
     )
     for kind, _, size in collectives(program):
         found[kind].append(size)
     assert max(found["all-reduce"]) < LAYERS * D * D
     assert found["all-to-all"] and bool(found["all-gather"]) == (layout[0] > 1)
-
-
-def test_nor_with_one_on_auto_axes():
-    fsdp = (1, 8, 1)
-    found = moved(CONFIG, fsdp, "orthogonal", explicit=False)
-    assert found == moved(CONFIG, fsdp, "orthogonal")
 
 
 @pytest.mark.parametrize("layout", [(1, 8, 1), (2, 2, 2)], ids=str)
