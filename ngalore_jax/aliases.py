@@ -304,8 +304,7 @@ def _optimizer(
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """``low_rank(inside, **settings)`` on matrices, ``full_rank`` on other leaves."""
-    if not callable(weight_decay):
-        check_number("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
+    check_number("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
 
     def labels(params: optax.Params) -> optax.Params:
         treedef = jax.tree.structure(params)

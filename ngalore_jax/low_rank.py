@@ -30,7 +30,12 @@ from ngalore_jax.matrices import (
 )
 from ngalore_jax.orthogonalized import Orthogonal
 from ngalore_jax.projectors import Projector, subspace_iteration
-from ngalore_jax.residual import Residual, ResidualState, compensation
+from ngalore_jax.residual import (
+    Residual,
+    ResidualState,
+    check_number,
+    compensation,
+)
 from ngalore_jax.subspace import SubspaceChange, when
 
 
@@ -276,13 +281,12 @@ def _check_arguments(
         )
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
-    if isinstance(update_proj_gap, int | float) and (
-        update_proj_gap < 1 or update_proj_gap != int(update_proj_gap)
-    ):
-        raise ValueError(
-            f"update_proj_gap must be a whole number of at least 1, got "
-            f"{update_proj_gap}."
-        )
+    check_number(
+        "update_proj_gap",
+        update_proj_gap,
+        lambda x: x >= 1 and float(x).is_integer(),
+        "a whole number of at least 1",
+    )
     if callable(residual) or isinstance(residual, str):
         raise TypeError(
             "residual must be a rule such as ng.orthogonal() (called), a number or "

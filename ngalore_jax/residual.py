@@ -193,8 +193,11 @@ def _quotient(x: jax.typing.ArrayLike, y: jax.Array) -> jax.Array:
 
 
 def check_number(
-    name: str, value: jax.typing.ArrayLike, ok: Callable[[float], bool], needed: str
+    name: str, value: Any, ok: Callable[[float], bool], needed: str
 ) -> None:
-    """Raises ValueError if a concrete number is out of range; traced ones pass."""
+    """Raises ValueError if a concrete number is out of range.
+
+    Traced ones and schedules pass.
+    """
     if isinstance(value, int | float) and not ok(value):
         raise ValueError(f"{name} must be {needed}, got {value}.")

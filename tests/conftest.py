@@ -13,7 +13,6 @@ os.environ["XLA_FLAGS"] = (
     f" {COMPILE_FAST}"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 # The same programs, too: xdist's workers and the processes that tests start share them.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ngalore-jax-")

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from experiments.files import replace_text
+
 Row = Mapping[str, Any]
 
 
@@ -173,9 +175,7 @@ def _drop_after(path: Path, step: int) -> None:
     if len(kept) == len(lines):
         return
     # Replaced in one go: a crash here must not lose the rows that stay.
-    shorter = path.with_suffix(".tmp")
-    shorter.write_text("".join(kept), "utf-8")
-    shorter.replace(path)
+    replace_text(path, "".join(kept))
 
 
 def _null_unless_finite(value: Any) -> Any:
