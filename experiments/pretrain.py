@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from rich.console import Console
 
-import ngalore_jax as ng
 from experiments.assembly import parts_of
 from experiments.command import Command
 from experiments.configs.pretrain import PretrainConfig
@@ -24,8 +23,7 @@ from experiments.presets import parse
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Plan
 from experiments.training.microbatches import Batch, LossFn
-from experiments.training.optimizer import adamw_state_bytes
-from experiments.training.report import Report, megabytes
+from experiments.training.report import Report, sizes
 from experiments.training.run import Job, Layout, reporter
 from experiments.training.state import TrainState
 from experiments.training.step import make_evaluate
@@ -103,23 +101,15 @@ def make_report(
         math.nan if last[f"validation_{name}"] is None else last[f"validation_{name}"]
         for name in ("loss", "perplexity", "bits_per_byte")
     )
-    ours, adamw = ng.state_bytes(state.opt_state), adamw_state_bytes(state.params)
     tokens, seconds = (sum(row[name] for row in rows) for name in ("tokens", "seconds"))
     name = config.optimization.optimizer
     facts = {
         "optimizer": f"{name}, learning rate {config.learning_rate:g}",
-        "parameters": f"{optax.tree.size(state.params):,}",
         "steps": f"{last['step']:,} ({tokens:,.0f} tokens)",
         "final validation loss": f"{loss:.4f} nats per token",
         "final validation perplexity": f"{perplexity:.2f}",
         "bits per byte": f"{bits:.4f}",
-        "optimizer state": megabytes(ours),
-        "of which": ", ".join(
-            f"{part} {megabytes(size)}"
-            for part, size in ng.state_report(state.opt_state).items()
-            if size
-        ),
-        "AdamW's would be": f"{megabytes(adamw)} ({adamw / ours:.1f} times)",
+        **sizes(state),
         "time": f"{seconds:,.0f} s ({tokens / seconds:,.0f} tokens/s)",
         "steps skipped": str(sum(row["skipped"] for row in rows)),
         "loss spikes": str(sum("spike" in row for row in rows)),

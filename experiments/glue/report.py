@@ -5,15 +5,11 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-import optax
-
-import ngalore_jax as ng
 from experiments.configs.glue import GlueConfig
 from experiments.data.glue import TASKS
 from experiments.glue.subject import best_epoch, of_validation
 from experiments.training.folder import RunFolder
-from experiments.training.optimizer import adamw_state_bytes
-from experiments.training.report import Report, megabytes
+from experiments.training.report import Report, sizes
 from experiments.training.state import TrainState
 
 
@@ -31,7 +27,6 @@ def make_report(
     at = best_epoch([row[score] for row in evaluated])
     best = evaluated[at]
     found = of_validation(best)
-    ours, adamw = ng.state_bytes(state.opt_state), adamw_state_bytes(state.params)
     seconds = sum(row["seconds"] for row in rows)
     examples = sum(row["examples"] for row in rows)
     words = [method, f"learning rate {config.learning_rate:g}"]
@@ -45,9 +40,7 @@ def make_report(
             name: f"{math.nan if value is None else value:.4f}"
             for name, value in found.items()
         },
-        "parameters": f"{optax.tree.size(state.params):,}",
-        "optimizer state": megabytes(ours),
-        "AdamW's would be": f"{megabytes(adamw)} ({adamw / ours:.1f} times)",
+        **sizes(state),
         "time": f"{seconds:,.0f} s ({examples / seconds:,.0f} examples/s)",
         "test predictions": ", ".join(
             str(folder.predictions / split.submission) for split in task.test

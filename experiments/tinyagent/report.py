@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import optax
-
-import ngalore_jax as ng
 from experiments.configs.tinyagent import TinyAgentConfig, ToolsConfig
 from experiments.tinyagent.dataset import TESTING
 from experiments.tinyagent.evaluation import MADE_UP
 from experiments.training.folder import RunFolder
-from experiments.training.optimizer import adamw_state_bytes
-from experiments.training.report import Report, megabytes
+from experiments.training.report import Report, sizes
 from experiments.training.state import TrainState
 
 
@@ -34,7 +30,6 @@ def make_report(
     )
     best = evaluated[at]
     found = {name: best[name] for name in best if name.startswith("validation_")}
-    ours, adamw = ng.state_bytes(state.opt_state), adamw_state_bytes(state.params)
     unit = "tokens" if isinstance(config, TinyAgentConfig) else "examples"
     seconds, count = (sum(row[name] for row in rows) for name in ("seconds", unit))
     method = config.optimization.optimizer
@@ -51,9 +46,7 @@ def make_report(
             )
             for name, value in found.items()
         },
-        "parameters": f"{optax.tree.size(state.params):,}",
-        "optimizer state": megabytes(ours),
-        "AdamW's would be": f"{megabytes(adamw)} ({adamw / ours:.1f} times)",
+        **sizes(state),
         "time": f"{seconds:,.0f} s ({count / seconds:,.0f} {unit} learnt a second)",
         "model": str(folder.model),
         "checkpoint": str(folder.checkpoints / str(best["step"])),

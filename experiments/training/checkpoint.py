@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -23,7 +22,7 @@ from experiments.training.preservation import LowestRank
 from experiments.training.quiet import quiet_checkpoints, settle
 from experiments.training.reader import DamagedError, Reader
 from experiments.training.record import compare, first_line, seal
-from experiments.training.state import TrainState, abstract_like
+from experiments.training.state import TrainState, abstract_like, give_up
 
 
 class ResumeError(ValueError):
@@ -116,8 +115,7 @@ class Checkpointer:
 
         Args:
             state: The initial state; its shardings are those of the result. Where
-                another is restored, its arrays are deleted first: devices that hold
-                one state need not hold two.
+                another is restored, its arrays are given up first.
             batches: Is set to the saved position, if a state is restored.
             resume: A checkpoint must be there.
             auto_resume: A checkpoint may be there.
@@ -128,10 +126,7 @@ class Checkpointer:
                 they belong to a run of another identity.
         """
         if self.latest_step is not None and (resume or auto_resume):
-            abstract = abstract_like(state)
-            for array in jax.tree.leaves(state):
-                array.delete()
-            return self.restore(abstract, batches)
+            return self.restore(give_up(state), batches)
         if self.latest_step is not None:
             raise FileExistsError(
                 f"{self.directory} holds checkpoints of a run: --resume goes on with "
@@ -170,15 +165,16 @@ class Checkpointer:
         """Returns the best checkpoint's state; of those that can be read, with a word.
 
         Args:
-            state: Has its shapes and shardings.
+            state: Has its shapes and shardings; its arrays are given up first.
 
         Raises:
             ResumeError: There is none that was ranked and can be read.
         """
+        abstract = give_up(state)
         steps = set(self._manager.all_steps())
         while (step := self._best.best(steps)) is not None:
             try:
-                return self._read(step, state)[0]
+                return self._read(step, abstract)[0]
             except DamagedError as error:
                 self._report(
                     f"{self.directory / str(step)}, the best checkpoint, cannot be "

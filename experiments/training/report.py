@@ -5,10 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+
+import ngalore_jax as ng
+from experiments.training.optimizer import adamw_state_bytes
+from experiments.training.state import TrainState
 
 _CURVE = "loss.png"
 
@@ -102,6 +107,21 @@ def plot(
         panel.grid(alpha=0.3)
         panel.legend()
     return figure
+
+
+def sizes(state: TrainState) -> dict[str, str]:
+    """Returns the facts about the size of `state`, which may be abstract."""
+    ours, adamw = ng.state_bytes(state.opt_state), adamw_state_bytes(state.params)
+    return {
+        "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(state.params)):,}",
+        "optimizer state": megabytes(ours),
+        "of which": ", ".join(
+            f"{part} {megabytes(size)}"
+            for part, size in ng.state_report(state.opt_state).items()
+            if size
+        ),
+        "AdamW's would be": f"{megabytes(adamw)} ({adamw / ours:.1f} times)",
+    }
 
 
 def megabytes(count: int) -> str:

@@ -26,7 +26,7 @@ from experiments.training.metrics import MetricsWriter, NullMetrics, read_metric
 from experiments.training.microbatches import Batch
 from experiments.training.mirrors import open_mirrors
 from experiments.training.progress import ConsoleProgress
-from experiments.training.state import create_state, shardings_of
+from experiments.training.state import abstract_like, create_state, shardings_of
 from experiments.training.step_log import Row
 
 
@@ -93,6 +93,10 @@ def run(
         folder: The run's.
         prepare: Reads the data and makes the job; the first that takes time.
         console: Where progress is shown.
+
+    Returns:
+        How it ended; of the last state the shapes alone, where `Job.finish` has had
+        the best one, for devices need not hold both.
 
     Raises:
         ValueError: Settings, data or checkpoints do not fit; also what `train` raises.
@@ -219,5 +223,7 @@ def _carry_out(
         throughput=job.throughput,
     )
     if outcome.stopped_by is None and job.finish is not None:
+        last = abstract_like(outcome.state)
         job.finish(checkpointer.best(outcome.state).params)
+        outcome = dataclasses.replace(outcome, state=last)
     return outcome

@@ -83,13 +83,16 @@ def test_the_best_checkpoint_is_found_again(tmp_path):
         saved.best(initial_state())
 
 
-def test_a_state_that_is_restored_takes_the_place_of_the_initial_one(tmp_path):
-    run(tmp_path, steps=2)
-    initial = initial_state()
+def test_a_state_that_is_restored_takes_the_place_of_the_one_before(tmp_path):
+    run(tmp_path, steps=2, every=2, losses={2: 1.0})
     with checkpointer(tmp_path) as saved:
-        restored = saved.start(initial, Numbers(), resume=True)
-    assert int(restored.step) == 2
-    assert all(array.is_deleted() for array in jax.tree.leaves(initial))
+        for restore in (
+            lambda state: saved.start(state, Numbers(), resume=True),
+            saved.best,
+        ):
+            before = initial_state()
+            assert int(restore(before).step) == 2
+            assert all(array.is_deleted() for array in jax.tree.leaves(before))
 
 
 def test_the_next_best_takes_the_place_of_a_damaged_best_one(tmp_path):

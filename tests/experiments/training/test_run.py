@@ -1,5 +1,6 @@
 """A run in its folder: what it does with the best checkpoint."""
 
+import jax
 import numpy as np
 import optax
 from rich.console import Console
@@ -53,12 +54,14 @@ def test_a_run_ends_with_its_best_parameters_and_starts_from_given_ones(tmp_path
         lambda layout: job(evaluated, seen.append, Plan(4, 1, 1)),
         Console(quiet=True),
     )
-    assert outcome.steps == 4 and int(outcome.state.step) == 4
     (best,) = seen
-    assert not np.array_equal(best["w"], outcome.state.params["w"])
+    # Not the last one, whose arrays made room for it.
+    assert outcome.steps == 4 and not any(
+        isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(outcome.state)
+    )
 
     # Two steps end where the best checkpoint was made.
-    short = run(
+    run(
         config,
         RunFolder(tmp_path / "short"),
         lambda layout: job(
@@ -68,7 +71,7 @@ def test_a_run_ends_with_its_best_parameters_and_starts_from_given_ones(tmp_path
         ),
         Console(quiet=True),
     )
-    np.testing.assert_array_equal(best["w"], short.state.params["w"])
+    np.testing.assert_array_equal(best["w"], seen[1]["w"])
     start = small_run.initial_state().params["w"]
-    moved = np.abs(short.state.params["w"] - (start + 1)).max()
+    moved = np.abs(best["w"] - (start + 1)).max()
     assert 0 < moved < 0.2  # two steps of 1e-2 from the given values
