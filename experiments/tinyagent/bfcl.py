@@ -6,10 +6,11 @@ truth allows. Names with dots are written with underscores, as plans have them.
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import networkx as nx
 
@@ -17,6 +18,8 @@ from experiments.data.text_files import TextError
 from experiments.tinyagent.plan import Plan, PlanError, Step, Value, parse_plan
 from experiments.tinyagent.prompt import instructions
 from experiments.tinyagent.score import Score
+
+_Read = TypeVar("_Read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,33 +152,24 @@ def read(
     Left out are those whose arguments are no literals of plans, objects among them.
 
     Args:
-      paths: JSON-lines files.
+      paths: JSON-lines files. A question without its `ground_truth` has it in the file
+        of the same name in the folder `possible_answer` beside, where BFCL keeps them.
       most: The first so many of each file; None: all.
       report: Takes lines for the user.
 
     Raises:
-      TextError: A line is no question.
+      TextError: A line is no question, or has no answer.
       OSError: A file cannot be read.
     """
     found, left_out = [], {}
     for path in paths:
-        # Not `splitlines`: texts may hold what it takes for ends of lines.
-        lines = path.read_text("utf-8").rstrip("\n").split("\n")[:most]
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                asked = _asked(record)
-            except (
-                ValueError,
-                KeyError,
-                IndexError,
-                TypeError,
-                AttributeError,
-            ) as error:
-                raise TextError(
-                    f"{path}, line {number} is no question of BFCL with its "
-                    f"ground_truth ({error!r})."
-                ) from error
+        beside = path.parent / "possible_answer" / path.name
+        answers = (
+            dict(_each(beside, _answer, "answer of BFCL")) if beside.exists() else {}
+        )
+        what = f"question of BFCL with its ground_truth, there or in {beside}"
+        as_asked = functools.partial(_asked, answers=answers)
+        for asked in _each(path, as_asked, what, most):
             if _has_object([values for _, values in asked.calls]):
                 left_out[asked.name] = "an argument is an object, which plans have not"
             else:
@@ -190,12 +184,33 @@ def read(
     return found, left_out
 
 
-def _asked(record: Mapping[str, Any]) -> Asked:
+def _each(
+    path: Path,
+    read_one: Callable[[Mapping[str, Any]], _Read],
+    what: str,
+    most: int | None = None,
+) -> Iterator[_Read]:
+    """What is read from each line; raises TextError, which says `what` one is not."""
+    # Not `splitlines`: texts may hold what it takes for ends of lines.
+    lines = path.read_text("utf-8").rstrip("\n").split("\n")[:most]
+    for number, line in enumerate(lines, 1):
+        try:
+            yield read_one(json.loads(line))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise TextError(
+                f"{path}, line {number} is no {what} ({error!r})."
+            ) from error
+
+
+def _answer(record: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
+    return record["id"], record["ground_truth"]
+
+
+def _asked(record: Mapping[str, Any], answers: Mapping[str, Sequence[Any]]) -> Asked:
+    truth = record.get("ground_truth") or answers[record["id"]]
     functions = [_function(one) for one in record["function"]]
     calls = [
-        (_plain(name), dict(values))
-        for call in record["ground_truth"]
-        for name, values in call.items()
+        (_plain(name), dict(values)) for call in truth for name, values in call.items()
     ]
     by_name = {one.name: one for one in functions}
     if unknown := [name for name, _ in calls if name not in by_name]:

@@ -66,7 +66,8 @@ class EvaluateConfig:
         mesh: Devices to spread over.
         batch_size: Requests at a time.
         bfcl: JSON-lines files of the Berkeley Function-Calling Leaderboard, simple or
-            parallel questions with their ground_truth, to ask instead.
+            parallel questions, to ask instead; each with its ground_truth, or with one
+            in the file of the same name in the folder possible_answer beside.
         bfcl_questions: The first so many of each. None: all.
         retriever: Folder of a model of `tools`, which picks the tools, and with
             --shown-examples the examples, of made requests' prompts.

@@ -110,6 +110,25 @@ def test_a_text_may_hold_what_other_formats_take_for_ends_of_lines(tmp_path):
     assert first.request == "Play\u2028it\x85now"
 
 
+def test_answers_may_have_a_file_of_their_own(tmp_path):
+    questions = [PLAY | {"id": f"parallel_{n}"} for n in range(2)]
+    answers = [
+        {"id": one["id"], "ground_truth": one.pop("ground_truth")[n:]}
+        for n, one in enumerate(questions)
+    ]
+    beside = tmp_path / "possible_answer" / "questions.jsonl"
+    beside.parent.mkdir()
+    beside.write_text("\n".join(json.dumps(one) for one in reversed(answers)))
+    found, _ = read(tmp_path, *questions)
+    assert [len(one.calls) for one in found] == [2, 1]
+
+    with pytest.raises(TextError, match=r"line 3 is no question .*possible_answer"):
+        read(tmp_path, *questions, questions[0] | {"id": "unanswered"})
+    beside.write_text('{"id": "parallel_0"}')
+    with pytest.raises(TextError, match=r"possible_answer.*line 1 is no answer"):
+        read(tmp_path, *questions)
+
+
 @pytest.mark.parametrize(
     "change",
     [
