@@ -13,17 +13,38 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
 # A second start need not compile again.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/jax}"
 
+# The shell hears signals itself only while what it waits for is in the background; in a
+# process group of its own that hears of them from here alone.
+set -m
+stopping=false
+stop() { stopping=true; kill -TERM "$pid" 2>/dev/null; }
+trap stop INT TERM
+
+# The exit code of the last command started; a signal ends one `wait`, not the command.
+ended() {
+  local code
+  while true; do
+    wait "$pid"; code=$?
+    kill -0 "$pid" 2>/dev/null || return $code
+  done
+}
+
 while true; do
   uv run --with 'jax[cuda12]' python -m experiments.pretrain \
     --preset llama_350m --data c4 \
     --mesh.fsdp 8 --model.dtype bfloat16 \
     --token-cache "$HOME/.cache/ngalore-tokens" \
-    --run-dir runs/llama_350m --auto-resume
-  code=$?
+    --run-dir runs/llama_350m --auto-resume &
+  pid=$!
+  ended; code=$?
   case $code in
     0 | 1 | 2) exit $code ;;     # done, or an error that starting again does not mend
     130 | 143) exit $code ;;     # somebody stopped it; the run is saved
   esac
+  $stopping && exit $code
   echo "ended with code $code; starting again in 30 s" >&2
-  sleep 30
+  sleep 30 &
+  pid=$!
+  ended
+  $stopping && exit 143
 done

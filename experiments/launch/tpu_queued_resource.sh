@@ -53,10 +53,9 @@ fi"
 start() {
   local quoted
   quoted=$(printf '%q' "$on_host")
-  # pgrep: a script started again finds the run going on.
+  # A lock, for a script started again finds the run going on.
   gtpu tpu-vm ssh "$NAME" --worker=all --command="
-    pgrep -f experiments.pretrain >/dev/null ||
-      nohup bash -c $quoted > run.log 2>&1 < /dev/null &"
+    nohup flock --nonblock --close run.lock bash -c $quoted >> run.log 2>&1 < /dev/null &"
 }
 
 finish() {

@@ -146,8 +146,10 @@ def test_every_cluster_recipe_can_be_started_again():
         assert config.run.auto_resume and config.run.run_dir, path
         assert config.text.data == ("c4",), path
         assert config.mesh.distributed == (path.name != "node_8gpu.sh")
-        # A bucket, or a folder that outlives the machine.
-        assert (config.run.checkpoint_dir or "gs://").startswith("gs://")
+        # Disks that go with the machine are not the place.
+        there = {"gke_jobset.yaml": "gs:", "tpu_queued_resource.sh": "gs:"}
+        kept = config.run.checkpoint_dir
+        assert (kept and kept.partition("//")[0]) == there.get(path.name), path
 
 
 def test_the_mesh_of_a_recipe_has_the_devices_it_asks_for():
