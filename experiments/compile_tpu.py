@@ -27,7 +27,7 @@ from experiments.compiled.program import (
     topology_devices,
 )
 from experiments.compiled.table import markdown, show
-from experiments.configs.optimizer import OptimizerName
+from experiments.configs.optimizer import Method, OptimizerName
 from experiments.configs.pretrain import PresetName
 from experiments.presets import parse
 
@@ -55,7 +55,7 @@ class CompileConfig:
 
     model: PresetName = "llama_60m"
     topology: str = "v5e:4x4"
-    optimizer: OptimizerName = "natural_galore"
+    optimizer: Method = "natural_galore"
     update_only: bool = False
     compare: bool = False
     time_limit: float = 600.0
@@ -91,6 +91,9 @@ def parse_args(
         return_unknown_args=True,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    if any(word.partition("=")[0] == "--preset" for word in extra):
+        print("error: --preset is --model here.", file=sys.stderr)
+        raise SystemExit(2)
     parse(_pretrain_args(config, config.optimizer, extra))
     return config, extra
 

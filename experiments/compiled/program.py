@@ -86,8 +86,12 @@ def topology_devices(name: str) -> np.ndarray:
     Raises:
         ValueError: libtpu is missing, or it does not know the topology.
     """
+    # A v4 chip is one device, as JAX has it on the machine.
+    more = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **more
+        )
     # RuntimeError is what JAX raises for both, and for a TPU that is held.
     except RuntimeError as error:
         if "not installed" in str(error):

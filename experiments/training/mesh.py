@@ -20,10 +20,13 @@ Enter a mesh with ``jax.set_mesh(mesh)``; explicit and auto axes both serve.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -153,7 +156,8 @@ def make_mesh(
         and are next to each other.
       explicit: Axis types. Explicit axes put the sharding in every array's type and
         raise where it is ambiguous; auto axes leave it to the compiler.
-      devices: Those to choose from. None: all that JAX sees.
+      devices: Those to choose from. None: all that JAX sees. Of several TPU slices, or
+        nodes of GPUs, as many are along ``data`` as it holds, the rest along ``fsdp``.
 
     Returns:
       A mesh with the axes ``data``, ``fsdp`` and ``tensor``.
@@ -172,11 +176,25 @@ def make_mesh(
             f"but JAX sees {len(devices)}"
         )
     axis_type = AxisType.Explicit if explicit else AxisType.Auto
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(axis_type,) * 3,
-        devices=devices[: data * fsdp * tensor],
+    arranged = arrange((data, fsdp, tensor), devices[: data * fsdp * tensor])
+    return Mesh(arranged, tuple(sizes), axis_types=(axis_type,) * 3)
+
+
+def arrange(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Return the devices as an array of these sizes, near ones along the last axes.
+
+    ``jax.make_mesh`` refuses several slices, which several nodes of GPUs are to JAX,
+    and sizes that are not made of whole axes of a torus.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    across = []
+    for size in sizes:
+        across.append(math.gcd(size, slices // math.prod(across)))
+    within = [size // many for size, many in zip(sizes, across, strict=True)]
+    if slices == 1:
+        return create_device_mesh(within, devices, allow_split_physical_axes=True)
+    return create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
     )
 
 

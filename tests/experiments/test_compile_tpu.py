@@ -15,6 +15,7 @@ from experiments import compile_tpu
 from experiments.compiled import program
 from experiments.compiled.program import (
     compile_step,
+    lower_step,
     on_topology,
     topology_devices,
 )
@@ -139,6 +140,16 @@ def test_without_libtpu_the_error_names_the_command(capsys):
     assert "uv run --group tpu python -m experiments.compile_tpu" in error
 
 
+def test_what_is_compiled_is_what_the_table_says(capsys):
+    config, extra = compile_tpu.parse_args(["--method", "adamw"])
+    assert config.optimizer == "adamw" and not extra
+    for words in (["--preset", "llama_1b"], ["--preset=llama_1b"]):
+        with pytest.raises(SystemExit) as stopped:
+            compile_tpu.parse_args(words)
+        assert stopped.value.code == 2
+        assert "--model" in capsys.readouterr().err
+
+
 def test_wrong_arguments_are_refused_before_compiling(capsys):
     with pytest.raises(SystemExit) as stopped:
         compile_tpu.main(["--model", "demo", "--no-such-flag", "3"])
@@ -247,5 +258,11 @@ def test_topologies_have_known_chips_and_mistakes_are_explained(monkeypatch):
         monkeypatch.setenv(name, value)
     assert known_chip(topology_devices("v5e:2x2")[0].device_kind).name == "v5e"
     assert known_chip(topology_devices("v5p:2x2x1")[0].device_kind).name == "v5p"
+    four = topology_devices("v4:2x2x1")
+    assert known_chip(four[0].device_kind).name == "v4" and four.size == 4
+    # Axes need not be those of the torus.
+    split = tiny("--mesh.data", "2", "--mesh.fsdp", "8")
+    for name in ("v6e:4x4", "v5p:2x2x4"):
+        lower_step(split, topology_devices(name), None)
     with pytest.raises(ValueError, match=r"'tpu-64'.*v5e:4x4"):
         topology_devices("tpu-64")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -177,6 +178,53 @@ def test_mesh_has_named_axes_of_the_type_asked_for() -> None:
     assert {shard.data.shape for shard in batch.addressable_shards} == {(1, 21)}
     ranks = [device.id for device in mesh_lib.make_mesh(2, 2, 2).devices.flat]
     assert ranks == sorted(ranks)  # tensor is innermost: neighbours
+
+
+def chips(shape: tuple[int, ...], kind: str) -> list[SimpleNamespace]:
+    return [
+        SimpleNamespace(
+            platform="tpu", device_kind=kind, id=id, coords=coords, core_on_chip=0
+        )
+        for id, coords in enumerate(np.ndindex(shape))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "sizes"),
+    [
+        ("TPU v6 lite", (8, 8, 1), (4, 16, 1)),
+        ("TPU v6 lite", (8, 8, 1), (2, 16, 2)),
+        ("TPU v5", (4, 4, 4), (2, 32, 1)),
+        ("TPU v5", (4, 4, 4), (8, 8, 1)),
+        ("TPU v5 lite", (4, 8, 1), (2, 4, 4)),
+    ],
+)
+def test_axes_need_not_be_those_of_the_torus(kind, shape, sizes) -> None:
+    arranged = mesh_lib.arrange(sizes, chips(shape, kind))
+    assert arranged.shape == sizes
+    assert {chip.id for chip in arranged.flat} == set(range(math.prod(sizes)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lanes"),
+    [
+        ((4, 8, 1), [[0], [1], [2], [3]]),  # a copy of the weights a node
+        ((2, 16, 1), [[0, 1], [2, 3]]),
+        ((1, 4, 8), [[0, 1, 2, 3]]),
+        ((8, 2, 2), [[0], [0], [1], [1], [2], [2], [3], [3]]),
+    ],
+)
+def test_nodes_of_gpus_are_kept_together(sizes, lanes) -> None:
+    gpus = [
+        SimpleNamespace(platform="gpu", device_kind="H100", id=i, slice_index=i // 8)
+        for i in range(32)
+    ]
+    arranged = mesh_lib.arrange(sizes, gpus)
+    assert arranged.shape == sizes
+    nodes = [sorted({gpu.slice_index for gpu in copy.flat}) for copy in arranged]
+    assert nodes == lanes
+    tensor = arranged.reshape(-1, sizes[-1])
+    assert all(len({gpu.slice_index for gpu in row}) == 1 for row in tensor)
 
 
 def test_impossible_meshes_are_refused() -> None:
