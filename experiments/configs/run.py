@@ -98,6 +98,13 @@ class TrainingConfig(abc.ABC):
         for name in ("warmup_fraction", "final_fraction"):
             if not 0 <= getattr(rest, name) <= 1:
                 raise ValueError(f"{name}={getattr(rest, name)} must be from 0 to 1.")
+        for name in ("learning_rate", "adam_learning_rate"):
+            if getattr(rest, name) is not None:
+                check_at_least(0, rest, name)
+        if rest.clip_norm is not None and rest.clip_norm <= 0:
+            raise ValueError(
+                f"clip_norm={rest.clip_norm} must be positive; None does not clip."
+            )
         for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(rest, name) < 1:
                 raise ValueError(f"{name}={getattr(rest, name)} must be in [0, 1).")
@@ -175,11 +182,11 @@ class TrainingConfig(abc.ABC):
         """Returns what must be equal for one run to go on from another's state.
 
         Left out: where the run lies, how often it saves and evaluates, on which
-        devices it runs, and where its data lie; their fingerprints are for the
-        caller to add.
+        devices it runs and what it computes twice there, and where its data lie;
+        their fingerprints are for the caller to add.
         """
         config = self.as_dict()
-        del config["mesh"]
+        del config["mesh"], config["model"]["remat"]
         for name in ("batch_size", "seed"):
             config[name] = config["run"][name]
         # Elsewhere pieces change rounding only, as the mesh that they may follow does.
@@ -193,7 +200,9 @@ class TrainingConfig(abc.ABC):
 
         More than its identity, which says whose state it may go on from.
         """
-        return self.identity() | {"microbatches": self.microbatches}
+        config = self.identity()
+        config["model"]["remat"] = self.as_dict()["model"]["remat"]
+        return config | {"microbatches": self.microbatches}
 
 
 def check_at_least(least: int, group: Any, *names: str) -> None:

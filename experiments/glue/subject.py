@@ -86,7 +86,12 @@ class Glue:
     def defaults(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns those of the recipe for the method."""
         method = settings["optimization"]["optimizer"]
-        return preset(settings["preset"], method).identity()
+        return preset(settings["preset"], method).decisive()
+
+    def common(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns recipe and encoder."""
+        encoder = settings["fingerprints"]["encoder"]
+        return {"preset": settings["preset"], "encoder": encoder}
 
     def columns(self, row: Mapping[str, Any]) -> Sequence[str]:
         """Returns all losses and scores."""

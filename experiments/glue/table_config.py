@@ -53,7 +53,8 @@ class TableConfig:
             1e-5, 2e-5 and 3e-5.
         extensions: Factors tried beyond, at most, where the best is at the edge.
         seeds: The first one is tuned on; the median is over all of them.
-        workers: Runs at a time, one CPU core each. They share an accelerator.
+        workers: Runs at a time, one CPU core each. They share a GPU; a TPU is one
+            process's: 1.
         study_dir: Folder of the table. None: runs/glue-PRESET.
     """
 

@@ -42,8 +42,8 @@ class StudyConfig:
         factors: Learning rates tried, as factors on each arm's own.
         extensions: Factors tried beyond, at most, where the best is at the edge.
         seeds: The first one is tuned on; the median is over all of them.
-        workers: Runs at a time, one CPU core each. They share an accelerator, its
-            memory too: there a few are faster than many.
+        workers: Runs at a time, one CPU core each. They share a GPU, its memory too:
+            there a few are faster than many. A TPU is one process's: 1.
         study_dir: Folder of the study. None: runs/study-PRESET.
     """
 

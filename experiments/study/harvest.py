@@ -53,7 +53,8 @@ def harvest(
     if diverged is None and not folder.report.exists():
         raise RunError(f"ended without a report; see {log_of(path)}")
     fingerprints = subject.fingerprints(arm.config, shared)
-    read = subject.fingerprints_read(json.loads(folder.config.read_text("utf-8")))
+    config = json.loads(folder.config.read_text("utf-8"))
+    read = subject.fingerprints_read(config)
     if any(fingerprints[name] != found for name, found in read.items()):
         raise RunError("it has read another text: a file has changed since the start.")
     weights = weigh(arm, subject)
@@ -63,7 +64,7 @@ def harvest(
         curve=_curve(read_metrics(folder.metrics), subject),
         state_bytes=weights["state_bytes"],
         parameters=weights["parameters"],
-        versions=versions(),
+        versions=versions() | {"device": config.get("device", "unknown")},
         diverged=diverged,
     )
 

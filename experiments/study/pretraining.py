@@ -85,7 +85,11 @@ class Pretraining:
     def defaults(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns those of the preset for the method."""
         method = settings["optimization"]["optimizer"]
-        return preset(settings["preset"], method).identity()
+        return preset(settings["preset"], method).decisive()
+
+    def common(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns preset and text."""
+        return {name: settings[name] for name in ("preset", "text", "fingerprints")}
 
     def columns(self, row: Mapping[str, Any]) -> Sequence[str]:
         """Returns the loss alone, which the other metrics follow from."""

@@ -29,7 +29,8 @@ class Record:
         state_bytes: Of the optimizer: `all`, and of the `matrices` alone.
         parameters: Number of them, likewise; and of values in the `state`, unless the
             record is an old one.
-        versions: Of what it was made with.
+        versions: Of what it was made with; the `device`, unless the record is an old
+            one.
         diverged: The message that it ended with early; None if it did not.
     """
 
@@ -125,16 +126,17 @@ class Records:
         """Refuses to go on with records that are not of these arms and this data.
 
         Raises:
-            ValueError: A run has the name of one of theirs, but other settings.
+            ValueError: A run has the name of one of theirs, but other settings; or it
+                could not stand in one table with them.
         """
         named = {arm.name: arm for arm in arms}
         for run, record in self.runs.items():
-            if run.arm not in named:
-                continue
-            arm = named[run.arm]
+            arm = named.get(run.arm, arms[0])
             prints = subject.fingerprints(arm.config, shared)
             now = _rounded(arm.settings(run, prints))
             there = _over(_rounded(subject.defaults(record.settings)), record.settings)
+            if run.arm not in named:
+                now, there = subject.common(now), subject.common(there)
             if differences := compare(there, now):
                 raise ValueError(
                     f"{self.path} has {run.name} with other settings "

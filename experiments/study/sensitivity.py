@@ -54,8 +54,8 @@ class SensitivityConfig:
         method: Whose settings they are.
         learning_rate: Of the matrices. None: the method's own.
         seeds: The median is over all of them.
-        workers: Runs at a time, one CPU core each. They share an accelerator, its
-            memory too: there a few are faster than many.
+        workers: Runs at a time, one CPU core each. They share a GPU, its memory too:
+            there a few are faster than many. A TPU is one process's: 1.
         study_dir: Folder of the results. None: runs/sensitivity-PRESET-METHOD.
     """
 

@@ -73,6 +73,10 @@ class Subject(Protocol):
         """Returns the settings that a recorded run had where it names no others."""
         ...
 
+    def common(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the settings that all runs of a study have alike."""
+        ...
+
     def columns(self, row: Mapping[str, Any]) -> Sequence[str]:
         """Returns the names in a row with an evaluation that are worth keeping."""
         ...

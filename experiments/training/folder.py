@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 
 from experiments.files import replace_text
@@ -125,6 +126,7 @@ class RunFolder:
         if not self.config.exists():
             return
         there = json.loads(self.config.read_text("utf-8"))
+        there.pop("device", None)  # it may be another one by now
         differences = compare(there, json.loads(json.dumps(config)))
         if differences:
             raise FileExistsError(
@@ -141,13 +143,14 @@ class RunFolder:
             )
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Writes config.json, which makes the folder a run's.
+        """Writes config.json, which makes the folder a run's, with what computes it.
 
         Raises:
             OSError: It cannot be written; one that was there stays as it is.
         """
         with self._writing():
-            replace_text(self.config, json.dumps(config, indent=2) + "\n")
+            facts = {**config, "device": _device()}
+            replace_text(self.config, json.dumps(facts, indent=2) + "\n")
 
     def delete_run(self) -> None:
         """Deletes the run that the folder holds; files that are no run's stay.
@@ -186,3 +189,10 @@ class RunFolder:
                 "another --run-dir",
                 str(self.path),
             ) from error
+
+
+def _device() -> str:
+    """What losses depend on of the machine: its chip and how it multiplies."""
+    precision = jax.config.jax_default_matmul_precision
+    kind = jax.devices()[0].device_kind
+    return kind if precision is None else f"{kind}, products {precision}"

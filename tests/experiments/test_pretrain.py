@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -190,10 +191,17 @@ def test_mistakes_are_explained_in_a_line(texts, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments(texts, tmp_path / "b", "--batch-size", "0"))
     assert "batch_size=0 must be at least 1" in capsys.readouterr().err
-    for name in ("b1", "b2", "momentum"):
+    for flag, value, message in (
+        *((f"--{name}", "1", "=1.0 must be in [0, 1).") for name in ("b1", "b2")),
+        ("--momentum", "1", "momentum=1.0 must be in [0, 1)."),
+        ("--clip-norm", "0", "clip_norm=0.0 must be positive; None does not clip."),
+        ("--clip-norm", "-1", "clip_norm=-1.0 must be positive"),
+        ("--learning-rate", "-1", "learning_rate=-1.0 must be at least 0."),
+        ("--adam-learning-rate", "-1", "adam_learning_rate=-1.0 must be at least 0."),
+    ):
         with pytest.raises(SystemExit, match="2"):
-            main(arguments(texts, tmp_path / "b", f"--{name}", "1"))
-        assert f"{name}=1.0 must be in [0, 1)." in capsys.readouterr().err
+            main(arguments(texts, tmp_path / "b", flag, value))
+        assert message in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(
@@ -303,3 +311,9 @@ def test_a_device_works_on_few_sequences_at_a_time(arguments, pieces):
     assert config.microbatches == pieces
     assert config.as_dict()["run"]["microbatches"] == pieces
     assert "microbatches" not in config.identity()
+
+
+def test_a_run_may_go_on_computing_more_than_once_and_a_study_tells_them_apart():
+    once, twice = parse([]), parse(["--model.remat", "layer"])
+    assert once.identity() == twice.identity()
+    assert once.decisive() != twice.decisive()

@@ -97,6 +97,12 @@ def test_other_settings_are_refused_by_name(tmp_path):
         kept.check([longer], PRETRAINING, SHARED)
     other = arm("other=--optimizer adamw", "--steps", "5")
     kept.check([other], PRETRAINING, SHARED)  # another arm's
+    # Which may have other settings, but stands in one table with this one.
+    with pytest.raises(ValueError, match=r"adamw-lr0.001-seed0 .*text: 'abc' there"):
+        kept.check([other], PRETRAINING, Shared(FINGERPRINTS | {"text": "x"}))
+    small = arm("other=--optimizer adamw --preset small")
+    with pytest.raises(ValueError, match=r"preset: 'demo' there, 'small' now"):
+        kept.check([small], PRETRAINING, SHARED)
 
 
 def test_settings_that_are_newer_than_a_record_had_their_defaults_then(tmp_path):

@@ -54,6 +54,7 @@ def test_every_arm_is_tuned_alike_and_compared_over_seeds(
     assert record.settings["text"]["validation_tokens"] == 64
     assert len(record.settings["fingerprints"]["text"]) == 64
     assert {"jax", "optax", "flax"} <= set(record.versions)
+    assert record.versions["device"] == "cpu"
 
     table = (tmp_path / "study" / "study.md").read_text()
     # Method adamw: distance 0, 0.01 a seed, rank 2; 1/4 at the end, 1/2 at half.
