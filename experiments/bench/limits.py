@@ -22,7 +22,7 @@ from experiments.models.formats import Dtype
 _STREAM_ELEMENTS = 1 << 25  # 128 MiB in float32: more than caches hold
 _PRODUCT_SIDE = 2048
 _ROUNDS = 10
-_NEWTON_SCHULZ_STEPS = 5  # optax.contrib.muon's default
+_NEWTON_SCHULZ_STEPS = 5  # of optax.contrib.muon and ngalore_jax.orthogonal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +144,12 @@ def refresh_work(peer: Peer, shapes: Any) -> Work | None:
 
 def _steady_products(peer: Peer, m: int, n: int) -> float:
     """Operations of the products of one matrix, m its smaller side."""
-    if peer.name == "muon":
+    flops = 0 if peer.rank is None else 4 * m * n * min(peer.rank, m)
+    residual = None if peer.run is None else peer.run.optimization.residual
+    if peer.name == "muon" or (peer.rank is not None and residual == "orthogonal"):
         # X X^T, its square, and a product with X.
-        return _NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3)
-    return 0 if peer.rank is None else 4 * m * n * min(peer.rank, m)
+        flops += _NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m**3)
+    return flops
 
 
 def _bytes_under(state: Any, field: str) -> float:
