@@ -30,6 +30,9 @@ class LowestRank(checkpoint_managers.PreservationPolicy):
         return [step == best for step in steps]
 
     def best(self, steps: Iterable[int]) -> int | None:
-        """Returns the step of the lowest rank among these, None if none is known."""
-        known = [step for step in steps if step in self._ranks]
+        """Returns the step of the lowest rank among these, None if none is known.
+
+        Of several it is the first, as in the reports.
+        """
+        known = sorted(step for step in steps if step in self._ranks)
         return min(known, key=self._ranks.__getitem__, default=None)

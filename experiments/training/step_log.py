@@ -68,7 +68,8 @@ class StepLog:
         self._throughput = throughput
         self._max_skipped = max_skipped
         self._skipped = 0  # in a row
-        losses = (row["loss"] for row in earlier)
+        # Those that `fetch` has judged.
+        losses = (row["loss"] for row in earlier if not row["skipped"])
         self._spikes = SpikeDetector(loss for loss in losses if loss is not None)
         self._pending: tuple[int, Metrics] | None = None
         self._row: Row = {}

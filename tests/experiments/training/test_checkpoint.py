@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.training.checkpoint import Checkpointer, ResumeError, SaveError
 from experiments.training.mesh import make_mesh
+from experiments.training.preservation import LowestRank
 from experiments.training.reader import Reader
 from experiments.training.state import TrainState, shardings_of
 from experiments.training.step import make_train_step
@@ -81,6 +82,13 @@ def test_the_best_checkpoint_is_found_again(tmp_path):
         pytest.raises(ResumeError, match=r"no checkpoint .* evaluated can be read"),
     ):
         saved.best(initial_state())
+
+
+def test_of_equal_ones_the_first_is_the_best():
+    ranks = LowestRank()
+    for step in (78, 156, 234):  # which a set of them does not keep in order
+        ranks.add(step, -0.5)
+    assert ranks.best({78, 156, 234}) == 78
 
 
 def test_a_state_that_is_restored_takes_the_place_of_the_one_before(tmp_path):
