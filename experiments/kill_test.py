@@ -53,7 +53,7 @@ class KillTestConfig:
     Attributes:
         kills: How often. A third of them, at least, hits a save under way.
         seed: Seed of the moments.
-        work_dir: Folder for the two runs. None: a temporary one.
+        work_dir: Empty folder for the two runs. None: a temporary one.
         json: File for the results.
     """
 
@@ -75,8 +75,12 @@ class Kill:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0 if the runs are equal."""
     config = tyro.cli(KillTestConfig, args=args, prog="python -m experiments.kill_test")
+    work = config.work_dir
+    if work is not None and work.exists() and any(work.iterdir()):
+        print(f"error: {work} is not empty: give another --work-dir.", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as temporary:
-        results = compare_runs(config, config.work_dir or Path(temporary))
+        results = compare_runs(config, work or Path(temporary))
     if config.json is not None:
         config.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     table = Table("kill test", "")
@@ -119,6 +123,7 @@ def compare_runs(config: KillTestConfig, work: Path) -> dict[str, Any]:
         "of which before the first checkpoint": sum(not kill.saved for kill in kills),
         "steps": steps,
         "steps done twice": sum(kill.lost for kill in kills),
+        "of which after one kill at most": max(kill.lost for kill in kills),
         "damaged checkpoints": len(list(killed.checkpoints.glob("damaged-*"))),
         "equal": equal(undisturbed, killed, steps),
     }
@@ -285,7 +290,7 @@ def rows(folder: RunFolder) -> list[dict[str, Any]]:
 
 def write_texts(folder: Path) -> None:
     """Writes sixty documents over a small vocabulary."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     dice = random.Random(0)
     words = ["".join(dice.choices("abcdefgh", k=dice.randint(2, 6))) for _ in range(99)]
     for number in range(60):

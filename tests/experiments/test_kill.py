@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.kill_test import equal
+from experiments.kill_test import equal, main
 from experiments.training.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,15 @@ def test_a_killed_run_ends_as_the_undisturbed_one_does(work):
     assert results["of which in a save"] >= KILLS / 3
     assert results["of which before the first checkpoint"] >= 1
     assert results["steps done twice"] > 0
+    # A save every three steps, which go on until the next one while it is written.
+    assert results["of which after one kill at most"] <= 6
     assert results["damaged checkpoints"] == 0
+
+
+def test_a_folder_that_holds_anything_is_refused(tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    assert main(["--work-dir", str(tmp_path)]) == 2
+    assert "--work-dir" in capsys.readouterr().err
 
 
 def test_a_difference_would_be_noticed(work, tmp_path):
