@@ -16,8 +16,8 @@ Three treatments of documents:
   end of the document before, says nothing about it.
 * ``"documents"``: one document a row, cut after T + 1 elements or padded with token 0
   at weight 0. Its first token is no target (T5 has no start of document). GaLore's
-  runs do the same, but for documents that are cut, whose last token they replace by
-  an end of document that is not there.
+  runs do the same, but cut after T elements, and then replace the last one by an end
+  of document that is not there.
 """
 
 from typing import Literal

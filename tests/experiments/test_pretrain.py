@@ -11,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import kill_test
+from experiments import command, kill_test
 from experiments.files import alone
 from experiments.presets import parse, preset
 from experiments.pretrain import main
@@ -202,6 +203,22 @@ def test_mistakes_are_explained_in_a_line(texts, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(arguments(texts, tmp_path / "b", flag, value))
         assert message in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
+
+
+def test_devices_that_are_too_small_are_told_in_a_line(monkeypatch, tmp_path, capsys):
+    def fail(message):
+        def run(*args):
+            raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(command, "run", run)
+
+    fail("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore lines.")
+    assert main(["--run-dir", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "9 bytes" in line and "--microbatches" in line
+    fail("INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        main(["--run-dir", str(tmp_path)])
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(

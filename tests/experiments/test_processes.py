@@ -83,6 +83,7 @@ def two_processes(shards, tokenizer, tmp_path_factory) -> Path:
     # One process speaks, but for what the CPU's collectives say.
     assert "validation" not in cluster.logs[1].read_text()
     assert "validation" in cluster.logs[0].read_text()
+    assert len(list((folder / "run" / "tensorboard").iterdir())) == 1  # and writes
     return folder / "run"
 
 

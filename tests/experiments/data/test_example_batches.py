@@ -73,6 +73,19 @@ def test_batches_are_padded_to_the_longest_that_one_may_be_on_demand(encoded):
             assert_equal([batch], [other])
 
 
+def test_two_shares_of_an_evaluation_are_the_whole_of_it(encoded):
+    whole = evaluation_batches(encoded, BATCH)
+    shares = [evaluation_batches(encoded, BATCH, Share(index, 2)) for index in (0, 1)]
+    for (rows, batch), *parts in zip(whole, *shares, strict=True):
+        for numbers, _ in parts:
+            np.testing.assert_array_equal(numbers, rows)
+        halves = [part for _, part in parts]
+        for name, value in batch.items():
+            np.testing.assert_array_equal(
+                np.concatenate([half[name] for half in halves]), value
+            )
+
+
 def test_a_batch_holds_its_examples_padded_to_a_bucket(encoded):
     for batch in take(TrainingExamples(encoded, BATCH, seed=0), 12):
         assert batch["tokens"].shape[1] in (*BUCKETS, 70)

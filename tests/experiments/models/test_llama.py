@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.data.sequences import make_row
 from experiments.models.llama import (
     PRESETS,
     Llama,
@@ -18,6 +19,7 @@ from experiments.models.llama import (
     rotate,
 )
 from experiments.training.mesh import make_mesh
+from experiments.training.step import next_token_loss
 
 CONFIG = LlamaConfig(
     vocab_size=61,
@@ -261,6 +263,21 @@ def test_a_packed_row_is_its_documents_alone(mesh: tuple[int, ...] | None) -> No
     assert np.abs(logits[1, 8:] - joined[1, 3:]).max() > 1e-3
     whole = np.asarray(apply(graphdef, params, tokens))
     assert np.abs(whole - logits)[:, 3:].max(axis=(0, 2)).min() > 1e-3
+
+
+def test_the_loss_of_a_packed_row_is_that_of_its_documents() -> None:
+    graphdef, params = make(CONFIG)
+    loss_fn = next_token_loss(lambda params, *args: nnx.merge(graphdef, params)(*args))
+    lengths = (3, 5, 1, 6)
+    (tokens,) = random_tokens((1, sum(lengths)))
+    row = make_row(tokens, len(tokens) + 3, np.repeat(np.arange(4), lengths))
+    loss, weight = loss_fn(params, {name: part[None] for name, part in row.items()})
+    documents = np.split(tokens, np.cumsum(lengths)[:-1])
+    rows = [make_row(one, 5) for one in documents]
+    alone = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    expected, targets = loss_fn(params, alone)
+    assert float(weight) == float(targets) == sum(lengths) - len(lengths)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_one_segment_is_the_whole_sequence() -> None:

@@ -11,7 +11,7 @@ import types
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from experiments.training.metrics import MetricsWriter, NullMetrics, read_metrics
+from experiments.training.metrics import MetricsWriter, read_metrics
 from experiments.training.mirrors import TensorBoard, open_mirrors
 
 
@@ -107,12 +107,6 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_advice(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match="--run-dir"):
         MetricsWriter(tmp_path / "metrics.jsonl", keep_until=0)
-
-
-def test_only_the_first_process_writes(tmp_path):
-    with NullMetrics() as writer:
-        writer.write({"step": 1})
-    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------- mirrors
