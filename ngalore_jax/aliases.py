@@ -14,6 +14,7 @@ from ngalore_jax.matrices import (
     Side,
     WeightDimensionNumbers,
     resolve_dimension_numbers,
+    work_dtype,
 )
 from ngalore_jax.moments import scale_by_subspace_adam
 from ngalore_jax.natural import scale_by_natural_gradient
@@ -329,7 +330,9 @@ def _optimizer(
     )
     # As in low_rank: a NaN or an Inf in a leaf's gradient makes it a zero gradient.
     guard = optax.stateless(lambda updates, _: jax.tree.map(finite_or_zero, updates))
-    full_rank = optax.chain(full_rank, optax.scale_by_learning_rate(rates["full_rank"]))
+    full_rank = optax.chain(
+        _in_float32(full_rank), optax.scale_by_learning_rate(rates["full_rank"])
+    )
     if accumulation_steps is not None:
         full_rank = accumulate(full_rank, accumulation_steps)
     optimizer = optax.partition(
@@ -368,6 +371,24 @@ def _optimizer(
 
         decay = optax.conditionally_mask(decay, is_last)
     return optax.chain(optimizer, decay)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``inner`` with a state of float32 at least: a bfloat16 average stands still."""
+
+    def widened(tree: optax.Params) -> optax.Params:
+        return jax.tree.map(lambda x: x.astype(work_dtype(x)), tree)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        new, state = inner.update(widened(updates), state)
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, updates), state
+
+    return optax.GradientTransformation(
+        lambda params: inner.init(widened(params)), update
+    )
 
 
 def _product(*factors: Any) -> Any:

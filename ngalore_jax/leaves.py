@@ -186,7 +186,10 @@ class ProjectedLeaf:
         full, specs = sharding.spec_of(gradient), self._specs(gradient)
         orthogonalise = sharding.spread(
             lambda x, basis, _: outside_orthogonal(
-                x, basis, iterations=residual.iterations
+                x,
+                basis,
+                iterations=residual.iterations,
+                narrow=storage.is_narrow(self.basis_dtype),
             ),
             sharding.spreading_axes(self.view, gradient),
             sharding.known(specs.matrix),

@@ -133,8 +133,9 @@ def low_rank(
         tracing, or ``residual`` neither a rule nor a number.
       ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``side`` or
         ``basis_dtype`` is unknown,
-        ``accumulation_steps`` is below 1 or comes with a residual, or, at ``init``,
-        a rank exceeds a side or axes do not fit a leaf.
+        ``accumulation_steps`` is below 1 or comes with a residual, ``basis_dtype`` is
+        narrower than float32 and the residual one that scales columns, or, at
+        ``init``, a rank exceeds a side or axes do not fit a leaf.
 
     Memory:
       ``m r`` elements a matrix, ``r n + r r`` with accumulation, the residual's (its
@@ -157,6 +158,12 @@ def low_rank(
     projector = subspace_iteration() if projector is None else projector
     if residual is not None and not isinstance(residual, Residual | Orthogonal):
         residual = compensation(residual)
+    if isinstance(residual, Residual) and storage.is_narrow(basis_dtype):
+        raise ValueError(
+            f"basis_dtype={basis_dtype} is not orthonormal enough for a residual "
+            "that scales columns by what lies outside: give basis_dtype=None, or "
+            "residual=ng.orthogonal()."
+        )
 
     def plan(tree: optax.Params) -> list[ProjectedLeaf | FullRankLeaf]:
         """How each leaf is treated; from paths and shapes alone."""

@@ -177,7 +177,8 @@ def resolve_dimension_numbers(
       weight_dimension_numbers: None for the default rule
         (:func:`default_dimension_numbers`), one spec for all leaves of two or more
         dimensions, a tree with a spec or None for each leaf, or a function of the
-        parameters that returns such a tree.
+        parameters that returns such a tree. Leaves that are another transform's are
+        scalars to it.
 
     Raises:
       TypeError: If the tree holds anything but specs and None.
@@ -186,7 +187,7 @@ def resolve_dimension_numbers(
     if weight_dimension_numbers is None:
         specs = default_dimension_numbers(tree)
     elif callable(weight_dimension_numbers):
-        specs = weight_dimension_numbers(tree)
+        specs = weight_dimension_numbers(without_masks(tree))
     elif _is_spec(weight_dimension_numbers):
         specs = jax.tree.map(
             lambda leaf: weight_dimension_numbers if leaf.ndim >= 2 else None, tree
@@ -215,6 +216,16 @@ def resolve_dimension_numbers(
         collect, tree, specs, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
     )
     return resolved
+
+
+def without_masks(tree: optax.Params) -> optax.Params:
+    """``tree`` with scalars in the place of what ``optax.masked`` has left out."""
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.tree.map(
+        lambda x: scalar if isinstance(x, optax.MaskedNode) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
 
 
 def default_dimension_numbers(params: optax.Params) -> optax.Params:

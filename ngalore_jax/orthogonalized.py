@@ -17,8 +17,9 @@ from ngalore_jax.residual import check_number
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Muon's quintic: singular values from 1e-3 to 1 come to about 0.7 to 1.2 in five turns.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# What is smaller, beside the largest entry, is rounding of the difference.
-_ROUNDING = 1e-5
+# What is smaller, beside the largest entry, is rounding of the difference, or of a
+# basis that is stored in fewer bits.
+_ROUNDING, _NARROW_ROUNDING = 1e-5, 1e-2
 
 
 class Orthogonal(NamedTuple):
@@ -86,19 +87,23 @@ def orthogonal(
 
 
 def outside_orthogonal(
-    momentum: jax.Array, basis: jax.Array, *, iterations: int
+    momentum: jax.Array, basis: jax.Array, *, iterations: int, narrow: bool = False
 ) -> jax.Array:
     """``sqrt(max(m, n)) orth((I - P P^T) X)`` of ``X`` ``(..., m, n)``.
 
-    Entries are about 1; a matrix that lies in the subspace comes to zero.
+    Entries are about 1; a matrix that lies in the subspace comes to zero. The columns
+    of a ``narrow`` basis are orthonormal to a percent only, and so much of the leading
+    directions would come back as long as any other: they are taken out twice.
     """
-    inside = jnp.einsum("...mr,...mn->...rn", basis, momentum, precision=_HIGHEST)
-    inside = jnp.einsum("...mr,...rn->...mn", basis, inside, precision=_HIGHEST)
-    outside = momentum - inside
+    outside = momentum
+    for _ in range(2 if narrow else 1):
+        inside = jnp.einsum("...mr,...mn->...rn", basis, outside, precision=_HIGHEST)
+        outside -= jnp.einsum("...mr,...rn->...mn", basis, inside, precision=_HIGHEST)
     size, whole = (
         jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True) for x in (outside, momentum)
     )
-    outside = jnp.where(size > _ROUNDING * whole, outside, 0)
+    rounding = _NARROW_ROUNDING if narrow else _ROUNDING
+    outside = jnp.where(size > rounding * whole, outside, 0)
     return math.sqrt(max(momentum.shape[-2:])) * newton_schulz(outside, iterations)
 
 

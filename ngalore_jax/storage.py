@@ -120,6 +120,8 @@ def check_dtype(
             f"{name} must be None, a float dtype such as 'bfloat16', or 'int8', got "
             f"{dtype!r}."
         )
+    if found != _INT8 and found.itemsize < 2:
+        raise ValueError(f"{name}={found.name} is too coarse; 'int8' is as small.")
     if (
         of_gradients
         and jnp.issubdtype(found, jnp.floating)
@@ -130,6 +132,11 @@ def check_dtype(
             "'bfloat16' takes no more than two bytes either, 'int8' about one."
         )
     return found
+
+
+def is_narrow(dtype: jnp.dtype | None) -> bool:
+    """Whether a checked storage dtype keeps less than float32 does."""
+    return dtype is not None and dtype.itemsize < 4
 
 
 def main_part(stored: Any) -> Any:

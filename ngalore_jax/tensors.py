@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from ngalore_jax.matrices import default_dimension_numbers
+from ngalore_jax.matrices import default_dimension_numbers, without_masks
 
 WeightModeAxes = optax.Params | Callable[[optax.Params], optax.Params]
 
@@ -93,7 +93,9 @@ def tensor_views(
     """
     if weight_mode_axes is None:
         weight_mode_axes = default_mode_axes
-    specs = weight_mode_axes(tree) if callable(weight_mode_axes) else weight_mode_axes
+    specs = weight_mode_axes
+    if callable(specs):
+        specs = specs(without_masks(tree))
     views = []
 
     # optax.masked leaves MaskedNode where another transform owns the leaf.

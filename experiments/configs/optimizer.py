@@ -103,7 +103,8 @@ class OptimizerConfig:
         history_dtype: How the Fisher's gradients are stored (natural_galore).
         moments_dtype: How Adam's moments of the projected matrices are stored (galore,
             natural_galore).
-        basis_dtype: How the subspaces are stored (galore, natural_galore).
+        basis_dtype: How the subspaces are stored (galore, natural_galore); in float32
+            with a residual that scales columns.
         accumulate: Where the gradients of microbatches add up. full: as matrices.
             subspace: projected, rank times the kept side instead of the whole matrix
             (galore, natural_galore; with `--residual None`).

@@ -19,6 +19,7 @@ def run(tx, stream):
     return updates, states
 
 
-def only_residual(residual, rank=2, gap=3, scale=1.0):
+def only_residual(residual, rank=2, gap=3, scale=1.0, **settings):
     """``low_rank`` whose inside is silent: updates are the added term alone."""
-    return ng.low_rank(optax.set_to_zero(), rank, gap, scale, residual=residual)
+    silent = optax.set_to_zero()
+    return ng.low_rank(silent, rank, gap, scale, residual=residual, **settings)

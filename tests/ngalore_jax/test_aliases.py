@@ -147,7 +147,86 @@ def test_signatures_hold_the_contract():
     assert {name: defaults[name] for name in contract} == contract
     galore = inspect.signature(ng.galore).parameters
     assert list(galore)[:4] == ["learning_rate", "rank", "update_proj_gap", "scale"]
-    assert galore["residual"].default is None
+
+
+ADAM = dict(b1=0.9, b2=0.999, eps=1e-8)
+GALORE = dict(rank=128, update_proj_gap=200, residual=None, basis_dtype=None)
+
+
+@pytest.mark.parametrize(
+    ("of", "expected"),
+    [
+        (ng.galore, ADAM | GALORE | dict(scale=0.25, weight_decay=0.0)),
+        (ng.low_rank, GALORE | dict(scale=1.0, side="smaller", clip_rank=False)),
+        (ng.natural_galore, dict(history_dtype="int8", moments_dtype=None)),
+        (ng.scale_by_natural_gradient, dict(history=20, damping=1e-3)),
+        (ng.scale_by_subspace_adam, ADAM | dict(at_refresh="rotate")),
+        (
+            ng.orthogonal,
+            dict(weight=1.0, decay=0.9, iterations=5, momentum_dtype="int8"),
+        ),
+        (ng.compensation, dict(weight=1.0, decay=0.999, max_growth=1.01)),
+        (ng.fira, dict(weight=1.0, max_growth=1.01)),
+    ],
+)
+def test_defaults(of, expected):
+    parameters = inspect.signature(of).parameters
+    assert {name: parameters[name].default for name in expected} == expected
+
+
+def test_arguments_of_galore_reach_their_part():
+    inner = ng.scale_by_subspace_adam(
+        0.8, 0.95, 1e-4, at_refresh="keep", moments_dtype="int8"
+    )
+    settings = dict(basis_dtype="bfloat16", side="right", residual=ng.orthogonal())
+    labels = {"matrix": ng.low_rank(inner, 2, 2, 0.7, **settings)}
+    expected = optax.chain(
+        optax.partition(
+            labels | {"other": optax.scale_by_adam(0.8, 0.95, 1e-4)}, LABELS
+        ),
+        optax.scale_by_learning_rate(0.1),
+    )
+    actual = ng.galore(
+        *(0.1, 2, 2, 0.7, 0.8, 0.95, 1e-4),
+        moments_at_refresh="keep",
+        moments_dtype="int8",
+        **settings,
+    )
+    chex.assert_trees_all_close(run(actual), run(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alias", [ng.natural_galore, ng.galore])
+def test_a_function_may_choose_leaves_by_their_shape(alias):
+    names = ng.MatrixDimensionNumbers()
+
+    def choose(tree):
+        return {name: names if x.ndim == 2 else None for name, x in tree.items()}
+
+    tree = {"w": names, "embed": names, "bias": None}
+    by_function, by_tree = (
+        run(alias(0.1, 2, 2, weight_dimension_numbers=given), 2)
+        for given in (choose, tree)
+    )
+    chex.assert_trees_all_equal(by_function, by_tree)
+
+
+@pytest.mark.parametrize("alias", [ng.natural_galore, ng.galore])
+def test_averages_of_bfloat16_leaves_do_not_stand_still(alias):
+    """A decay of 0.999 moves one by less than bfloat16 can tell from nothing."""
+    weights = {"bias": jnp.ones(3, jnp.bfloat16)}
+    tx = alias(0.125, 2)
+
+    def step(state, _):
+        updates, state = tx.update(weights, state, weights)
+        return state, updates["bias"]
+
+    state, updates = jax.lax.scan(step, tx.init(weights), length=2000)
+    assert updates.dtype == jnp.bfloat16
+    chex.assert_trees_all_close(updates, jnp.full_like(updates, -0.125), rtol=1e-2)
+    floats = [
+        x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    assert floats and all(x.dtype == jnp.float32 for x in floats)
 
 
 @pytest.mark.parametrize("mask", [None, {**dict.fromkeys(SHAPES, True), "bias": False}])

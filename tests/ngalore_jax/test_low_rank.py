@@ -199,11 +199,12 @@ KERNELS = [
 ]
 
 
+@pytest.mark.parametrize("residual", [1.0, ng.orthogonal(momentum_dtype=None)])
 @pytest.mark.parametrize(("shape", "axes", "by_hand"), KERNELS)
-def test_kernels_equal_their_matrices_reshaped_by_hand(shape, axes, by_hand):
+def test_kernels_equal_their_matrices_reshaped_by_hand(shape, axes, by_hand, residual):
     stream = reference.gradients(0, 4, *shape)
     dims = ng.MatrixDimensionNumbers(*axes)
-    arguments = dict(rank=2, update_proj_gap=2, residual=1.0, projector=ng.svd())
+    arguments = dict(rank=2, update_proj_gap=2, residual=residual, projector=ng.svd())
     tx = ng.low_rank(optax.trace(0.9), weight_dimension_numbers=dims, **arguments)
     updates, _ = run(tx, stream)
     plain = ng.low_rank(optax.trace(0.9), **arguments)
@@ -300,16 +301,24 @@ def test_a_small_basis_is_the_one_that_projects(dtype):
         assert 1e-4 < np.max(np.abs(gram - np.eye(3))) < 2e-2
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
 def test_a_small_basis_is_found_as_well_as_a_large_one(dtype):
     """The first refresh still knows that it is the first, and iterates more."""
-    g = np.float32(np.random.default_rng(3).normal(size=(12, 20)))
+    g = np.float32(np.random.default_rng(3).normal(size=(30, 40)))
     u, _, v = np.linalg.svd(g)
-    g = np.float32(u[:, :12] * 2.0 ** -np.arange(12) @ v[:12])
-    tx = ng.low_rank(optax.identity(), 3, 5, basis_dtype=dtype)
-    update, _ = tx.update(g, tx.init(g))
-    best = np.sum(4.0 ** -np.arange(3))
-    assert np.sum(np.square(update)) > 0.97 * best
+    sizes = 1.1 ** -np.arange(30)
+    g = np.float32(u * sizes @ v[:30])
+    tx = ng.low_rank(optax.identity(), 7, 5, basis_dtype=dtype)
+    update, _ = tx.update(g, tx.init(g))  # the first basis rounds in these dtypes
+    assert np.sum(np.square(update)) > 0.97 * np.sum(sizes[:7] ** 2)
+
+
+def test_a_residual_of_columns_needs_an_orthonormal_basis():
+    for dtype in ("bfloat16", "float16", "int8"):
+        for rule in (1.0, ng.fira()):
+            with pytest.raises(ValueError, match=f"basis_dtype={dtype} .*orthogonal"):
+                ng.low_rank(adam(), 2, residual=rule, basis_dtype=dtype)
+    ng.low_rank(adam(), 2, residual=1.0, basis_dtype="float32")
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])

@@ -141,12 +141,15 @@ def test_zero_gradients_give_zero_and_drop_out(relative):
         )
 
 
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("batch", [(2,), (2, 3)])
-def test_batch_axes_are_separate_fishers(batch):
-    stream = reference.gradients(8, 7, *batch, 3, 5)
-    out, _ = run(ng.scale_by_natural_gradient(3, 0.1), stream)
+def test_batch_axes_are_separate_fishers(batch, relative):
+    sizes = 4.0 ** np.arange(np.prod(batch)).reshape(*batch, 1, 1)
+    stream = [sizes * g for g in reference.gradients(8, 7, *batch, 3, 5)]
+    tx = ng.scale_by_natural_gradient(3, 0.1, relative_damping=relative)
+    out, _ = run(tx, stream)
     for index in np.ndindex(*batch):
-        natural = reference.Natural(3, 0.1)
+        natural = reference.Natural(3, 0.1, relative)
         for g, u in zip(stream, out):
             assert relative_error(u[index], natural(g[index])) < 1e-4
 

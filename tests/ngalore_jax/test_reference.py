@@ -121,6 +121,31 @@ def test_eps_is_beside_the_uncorrected_root():
     np.testing.assert_allclose(update["bias"], expected, rtol=1e-5)
 
 
+def test_a_bad_gradient_of_a_leaf_with_adam_counts_as_zero():
+    weights, good, *_ = jax.tree.map(np.float32, stream())
+    tx = ng.reference(0.1, rank=2)
+    update, state = jax.jit(tx.update), tx.init(weights)
+    bad = {**good, "bias": np.full_like(good["bias"], np.nan)}
+    zero = {**good, "bias": np.zeros_like(good["bias"])}
+    results = [update(g, state, weights) for g in (bad, zero)]
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_function_may_choose_axes_by_shape():
+    weights, gradient, *_ = jax.tree.map(np.float32, stream())
+    axes = {"matrix": (0, 1), "conv": None, "bias": None}
+
+    def choose(tree):
+        return {name: (0, 1) if x.ndim == 2 else None for name, x in tree.items()}
+
+    found = []
+    for given in (axes, choose):
+        tx = ng.reference(0.1, rank=2, weight_mode_axes=given)
+        found.append(tx.update(gradient, tx.init(weights), weights)[0])
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_defaults_are_the_published_ones():
     signature = inspect.signature(ng.reference)
     defaults = {name: p.default for name, p in signature.parameters.items()}

@@ -346,3 +346,34 @@ def test_types_are_stable_under_explicit_axes(name, wrap):
 
 def _abstract(mesh, shape, spec, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def test_inside_shard_map_the_callers_mean_or_each_devices_own_layers():
+    mesh, tx = make_mesh("x", AxisType.Explicit), ng.natural_galore(0.1, 2, 3)
+    stack = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(np.float32)
+
+    def of_mean(gradient, state):
+        return tx.update(jax.lax.pmean(gradient[0], "x"), state)
+
+    def of_own_layers(gradient):
+        return tx.update(gradient, tx.init(gradient))
+
+    state = tx.init(stack[0])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(stack, NamedSharding(mesh, P("x")))
+        whole = jax.device_put(state, NamedSharding(mesh, P()))
+        averaged = jax.jit(
+            jax.shard_map(of_mean, in_specs=(P("x"), P()), out_specs=P())
+        )(placed, whole)
+        own, _ = jax.jit(
+            jax.shard_map(
+                of_own_layers,
+                in_specs=P("x"),
+                out_specs=(P("x"), P()),
+                check_vma=False,
+            )
+        )(placed)
+    expected = jax.jit(tx.update)(np.mean(stack, axis=0), state)
+    chex.assert_trees_all_close(averaged, expected, rtol=1e-4, atol=1e-6)
+    together, _ = jax.jit(of_own_layers)(stack)
+    chex.assert_trees_all_close(own, together, rtol=1e-4, atol=1e-6)

@@ -47,11 +47,18 @@ def inner_jaxprs(eqn):
 
 
 def equations(jaxpr, in_loop=False):
-    """Every equation however nested, and whether it stands in a loop."""
+    """Every equation however nested, and whether it stands in a refresh's loop.
+
+    That one goes on while the first thing that it carries is true: it computes nothing
+    to find out.
+    """
     for eqn in jaxpr.eqns:
         yield eqn, in_loop
+        refreshes = (
+            eqn.primitive.name == "while" and not eqn.params["cond_jaxpr"].jaxpr.eqns
+        )
         for inner in inner_jaxprs(eqn):
-            yield from equations(inner, in_loop or eqn.primitive.name == "while")
+            yield from equations(inner, in_loop or refreshes)
 
 
 def traced(tx, **extra_args):

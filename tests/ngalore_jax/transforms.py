@@ -30,7 +30,7 @@ TRANSFORMS: dict[str, tuple[Factory, dict[str, Any]]] = {
             ),
             rank=2,
             update_proj_gap=GAP,
-            residual=1.0,
+            residual=ng.fira(),
         ),
     ),
     "scale_by_natural_gradient": (
