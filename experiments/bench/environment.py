@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from experiments.cores import available_cores
+
 _DISTRIBUTIONS = (
     "ngalore-jax",
     "jax",
@@ -29,9 +31,7 @@ def describe() -> dict[str, Any]:
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),
-            "cores": os.process_cpu_count()
-            if hasattr(os, "process_cpu_count")
-            else len(os.sched_getaffinity(0)),
+            "cores": available_cores(),
             "load": os.getloadavg()[0],
         },
         "device": {

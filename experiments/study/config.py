@@ -1,19 +1,19 @@
 """The command line of a study."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
 from experiments.configs.pretrain import PresetName
+from experiments.cores import available_cores
 from experiments.study.arms import Arm, parse_arms
 from experiments.study.pretraining import PRETRAINING
 from experiments.study.tuning import Budget
 
 PROGRAM = "python -m experiments.study"
-CORES = len(os.sched_getaffinity(0))
+CORES = available_cores()
 
 
 @dataclasses.dataclass(frozen=True)
