@@ -96,7 +96,8 @@ def topology_devices(name: str) -> np.ndarray:
     except RuntimeError as error:
         if "not installed" in str(error):
             raise ValueError(
-                f"compiling for TPUs needs libtpu, which is not installed: {COMMAND}"
+                f"compiling for TPUs needs libtpu, which is not installed: {COMMAND} "
+                "(on Linux, x86_64)"
             ) from error
         raise ValueError(
             f"topology {name!r}: {error} Give version:shape, such as v5e:4x4, v6e:8x8, "

@@ -18,7 +18,11 @@ Report = Callable[[str], None]
 C4_REVISION = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 _C4_SHARDS = {"train": 1024, "validation": 8}
 
-_GO_ON = "Checkpoints are as they were: start again with --resume to go on."
+_GO_ON = "A run that had begun is as it was saved: --resume goes on with it."
+_WAYS = (
+    "Check the network (HTTPS_PROXY, HF_ENDPOINT), or give files that are here "
+    "(--data, --tokenizer, --model.name)."
+)
 # Seconds between two tries, doubled from one to the next.
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 # No pickle, and no code.
@@ -168,7 +172,8 @@ def network_errors() -> tuple[type[Exception], ...]:
     """Return what reading from the hub raises where the hub or the way to it fails."""
     from huggingface_hub.utils import httpx
 
-    return (OSError, httpx.HTTPError)
+    # The last: of a package that a proxy needs (socksio).
+    return (OSError, httpx.HTTPError, ImportError)
 
 
 class Retries:
@@ -205,7 +210,7 @@ class Retries:
             raise TextError(f"{message} {_GO_ON}") from error
         if tried + self._wait > self._patience:
             raise TextError(
-                f"{message} Tried for {tried:.0f} s. Check the network. {_GO_ON}"
+                f"{message} Tried for {tried:.0f} s. {_WAYS} {_GO_ON}"
             ) from error
         self._report(f"{message} Trying again in {self._wait:.0f} s.")
         time.sleep(self._wait)
@@ -235,7 +240,8 @@ def _explain(error: Exception, *, remote: bool) -> tuple[str, bool]:
     absent = isinstance(error, FileNotFoundError)
     if absent and not isinstance(error, LocalEntryNotFoundError):
         return "there is no such file.", False
-    passing = not isinstance(error, PermissionError | IsADirectoryError)
+    lasting = PermissionError | IsADirectoryError | ImportError
+    passing = not isinstance(error, lasting)
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__

@@ -12,7 +12,7 @@ from experiments.data.glue import TASKS, TaskName
 from experiments.glue.presets import PROGRAM
 from experiments.glue.subject import GLUE
 from experiments.study.arms import Arm, parse_arms
-from experiments.study.config import CORES
+from experiments.study.config import WORKERS
 from experiments.study.tuning import Budget
 
 # The published table's rows (arXiv 2410.16029).
@@ -53,8 +53,8 @@ class TableConfig:
             1e-5, 2e-5 and 3e-5.
         extensions: Factors tried beyond, at most, where the best is at the edge.
         seeds: The first one is tuned on; the median is over all of them.
-        workers: Runs at a time, one CPU core each. They share a GPU; a TPU is one
-            process's: 1.
+        workers: Runs at a time, one CPU core each; where there is a GPU, two, which
+            share its memory. A TPU is one process's: 1.
         study_dir: Folder of the table. None: runs/glue-PRESET.
     """
 
@@ -65,7 +65,7 @@ class TableConfig:
     factors: tuple[float, ...] = (0.5, 1.0, 1.5)
     extensions: int = Budget.extensions
     seeds: tuple[int, ...] = Budget.seeds
-    workers: int = CORES
+    workers: int = WORKERS
     study_dir: Path | None = None
 
     @property

@@ -7,13 +7,13 @@ from pathlib import Path
 import tyro
 
 from experiments.configs.pretrain import PresetName
-from experiments.cores import available_cores
+from experiments.cores import default_workers
 from experiments.study.arms import Arm, parse_arms
 from experiments.study.pretraining import PRETRAINING
 from experiments.study.tuning import Budget
 
 PROGRAM = "python -m experiments.study"
-CORES = available_cores()
+WORKERS = default_workers()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ class StudyConfig:
         factors: Learning rates tried, as factors on each arm's own.
         extensions: Factors tried beyond, at most, where the best is at the edge.
         seeds: The first one is tuned on; the median is over all of them.
-        workers: Runs at a time, one CPU core each. They share a GPU, its memory too:
-            there a few are faster than many. A TPU is one process's: 1.
+        workers: Runs at a time, one CPU core each; where there is a GPU, two, which
+            share its memory. A TPU is one process's: 1.
         study_dir: Folder of the study. None: runs/study-PRESET.
     """
 
@@ -52,7 +52,7 @@ class StudyConfig:
     factors: tuple[float, ...] = Budget.factors
     extensions: int = Budget.extensions
     seeds: tuple[int, ...] = Budget.seeds
-    workers: int = CORES
+    workers: int = WORKERS
     study_dir: Path | None = None
 
     @property

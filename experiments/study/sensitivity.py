@@ -16,7 +16,7 @@ import tyro
 from experiments.configs.optimizer import OptimizerConfig, OptimizerName
 from experiments.configs.pretrain import PresetName
 from experiments.study.arms import Arm, check_comparable, make_arm
-from experiments.study.config import CORES
+from experiments.study.config import WORKERS
 from experiments.study.pretraining import PRETRAINING
 from experiments.study.records import Records
 from experiments.study.report import show_report
@@ -54,8 +54,8 @@ class SensitivityConfig:
         method: Whose settings they are.
         learning_rate: Of the matrices. None: the method's own.
         seeds: The median is over all of them.
-        workers: Runs at a time, one CPU core each. They share a GPU, its memory too:
-            there a few are faster than many. A TPU is one process's: 1.
+        workers: Runs at a time, one CPU core each; where there is a GPU, two, which
+            share its memory. A TPU is one process's: 1.
         study_dir: Folder of the results. None: runs/sensitivity-PRESET-METHOD.
     """
 
@@ -64,7 +64,7 @@ class SensitivityConfig:
     method: OptimizerName = "natural_galore"
     learning_rate: float | None = None
     seeds: tuple[int, ...] = Budget.seeds
-    workers: int = CORES
+    workers: int = WORKERS
     study_dir: Path | None = None
 
     @property

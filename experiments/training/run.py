@@ -127,6 +127,7 @@ def lay_out(config: TrainingConfig, console: Console) -> Layout:
         ValueError: There are not as many devices, or processes would do without some.
     """
     there = jax.device_count()
+    console.print(f"On {config.devices} x {jax.devices()[0].device_kind}.")
     if config.devices < there:
         unused = f"{config.devices} of {there} devices are used"
         if jax.process_count() > 1:
