@@ -10,6 +10,7 @@ set -uo pipefail
 
 # JAX takes 75 % of each GPU's memory otherwise.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+export JAX_PLATFORMS=cuda # an error in place of the CPU, where CUDA is not found
 # A second start need not compile again.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/jax}"
 

@@ -5,9 +5,10 @@
 #   PROJECT=... ZONE=... BUCKET=... REPOSITORY=https://... \
 #     bash experiments/launch/tpu_queued_resource.sh
 #
-# Needs gcloud, a TPU quota, and a bucket in the zone's region that the TPU's service
-# account may write. Checkpoints live in the bucket, so that they survive the machines;
-# gcsfs is what opens it. A spot slice that is preempted is shut down: SIGTERM and about
+# Needs gcloud, a TPU quota, and a bucket in the zone's region. The TPU's service account
+# needs the roles storage.objectAdmin and storage.legacyBucketReader on it (Orbax looks at
+# the bucket itself). Checkpoints and compiled programs live in the bucket, so that they
+# survive the machines. A spot slice that is preempted is shut down: SIGTERM and about
 # half a minute, in which the run saves if it can; if not, the newest checkpoint is good.
 # The run does not hang on this script's connection: it may be stopped and started again.
 set -euo pipefail
@@ -24,6 +25,7 @@ give_back() { gtpu queued-resources delete "$NAME" --force --quiet; }
 on_host="
 set -u
 export PATH=\$HOME/.local/bin:\$PATH
+export JAX_COMPILATION_CACHE_DIR=$RUN/jax-cache
 command -v uv || pip install --user uv
 test -d ngalore-jax || git clone $REPOSITORY ngalore-jax
 cd ngalore-jax
@@ -37,13 +39,18 @@ if [ \"\$worker\" = 0 ]; then
   while sleep 300; do keep; done > /tmp/keep.log 2>&1 &
   keeper=\$!
 fi
-uv run --group tpu --with gcsfs python -m experiments.pretrain \
-  --preset llama_7b --data c4 --streams 64 \
-  --mesh.fsdp 64 --mesh.distributed \
-  --model.dtype bfloat16 --model.remat layer \
-  --run-dir runs/llama_7b --auto-resume \
-  --checkpoint-dir gs://$BUCKET/llama_7b/checkpoints
-code=\$?
+while true; do
+  uv run --group tpu python -m experiments.pretrain \
+    --preset llama_7b --data c4 --streams 64 \
+    --mesh.fsdp 64 --mesh.distributed \
+    --model.dtype bfloat16 --model.remat layer \
+    --run-dir runs/llama_7b --auto-resume \
+    --checkpoint-dir gs://$BUCKET/llama_7b/checkpoints
+  code=\$?
+  # Anything else is a crash, of this host or another: all of them start again.
+  case \$code in 0 | 1 | 2 | 130 | 143) break ;; esac
+  sleep 30
+done
 if [ \"\$worker\" = 0 ]; then
   kill \$keeper; keep
   # 143: preempted, which this is not the end of.

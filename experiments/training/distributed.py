@@ -55,7 +55,8 @@ def gather(value: Any) -> list[Any]:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(data)))
-    padded = np.zeros(int(np.max(lengths)), np.uint8)
+    # To a power of two: each length is a program of its own.
+    padded = np.zeros(1 << int(np.max(lengths)).bit_length(), np.uint8)
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
     return [

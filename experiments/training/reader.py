@@ -1,5 +1,6 @@
 """Reads checkpoints that may be damaged, with all processes of one mind about them."""
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,14 +13,27 @@ from experiments.training.quiet import quiet_reads
 from experiments.training.record import first_line, unseal
 from experiments.training.state import TrainState
 
-# Of storage, network and devices; the words are those of TensorStore and XLA.
+# Of storage, network and devices; the words are those of TensorStore and XLA, of gcsfs
+# and what it rests on, and of file systems on a network.
 _NOT_DAMAGE = (
     "RESOURCE_EXHAUSTED",
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
     "PERMISSION_DENIED",
     "UNAUTHENTICATED",
+    "HttpError",
+    "Forbidden",
+    "ClientError",
+    "ServerDisconnected",
+    "TransportError",
+    "RefreshError",
+    "TimeoutError",
+    "ConnectionError",
+    "Connection reset",
+    "Stale file handle",
+    "Input/output error",
 )
+_WAIT = 2.0  # seconds before the second try
 
 
 class DamagedError(Exception):
@@ -85,13 +99,14 @@ def _agreed(read: Callable[[], Any]) -> Any:
         OSError: It did for a reason that says nothing about the checkpoint.
     """
     value = problem = None
-    for _ in range(2):
+    for wait in (_WAIT, 0.0):
         try:
             value, problem = read(), None
             break
         # Whatever a damaged file leads to.
         except Exception as error:
             problem = first_line(error)
+            time.sleep(wait)
     problems = [found for found in gather(problem) if found is not None]
     for found in problems:
         if any(reason in found for reason in _NOT_DAMAGE):

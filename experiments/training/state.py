@@ -1,7 +1,7 @@
 """What changes while training: parameters, optimizer state, step."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +46,21 @@ def create_state(
         abstract = jax.eval_shape(init_params, key)
         of_params = param_shardings(abstract, mesh)
         of_state = state_shardings(init, abstract, mesh)
-    params = jax.jit(init_params, out_shardings=of_params)(key)
+    params = init_program(init_params, of_params)(key)
     if pretrained is not None:
         params = pretrained(params)
     return jax.jit(init, out_shardings=of_state, donate_argnums=0)(params)
+
+
+def init_program(
+    init_params: Callable[[jax.Array], optax.Params], shardings: Any
+) -> Callable[[jax.Array], optax.Params]:
+    """Compiles `init_params` so that each device makes its part of the parameters."""
+    if jax.sharding.get_abstract_mesh().explicit_axes:
+        # The type of explicit random numbers is whole: so they would be made.
+        specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+        init_params = jax.sharding.auto_axes(init_params, out_sharding=specs)
+    return jax.jit(init_params, out_shardings=shardings)
 
 
 def abstract_state(

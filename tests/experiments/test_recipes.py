@@ -88,12 +88,13 @@ def test_a_tpu_slice_runs_once_and_goes_back_at_the_end(machine, start):
     command(machine, "gcloud", GCLOUD)
     command(machine, "git", "mkdir ngalore-jax")
     command(machine, "curl", "echo 0")
-    # It trains until it is told that it has.
+    # It crashes once, then trains until it is told that it has.
+    crash = 'test "$(wc -l < "$STAND_IN/runs")" -gt 1 || exit 134'
     wait = 'until test -e "$STAND_IN/trained" -o ! -e "$0"; do /bin/sleep 0.02; done'
-    command(machine, "uv", f'echo "$*" >> "$STAND_IN/runs"\n{wait}')
+    command(machine, "uv", f'echo "$*" >> "$STAND_IN/runs"\n{crash}\n{wait}')
     cloud = {"PROJECT": "p", "ZONE": "z", "BUCKET": "b", "REPOSITORY": "https://r"}
     first = start("tpu_queued_resource.sh", **cloud)
-    until(lambda: lines(machine / "runs") == 1)
+    until(lambda: lines(machine / "runs") == 2)
     # The run goes on without the script, and is found going on by the next one.
     first.kill()
     first.wait()
@@ -101,7 +102,7 @@ def test_a_tpu_slice_runs_once_and_goes_back_at_the_end(machine, start):
     until(lambda: lines(machine / "connections") == 2)
     (machine / "trained").touch()
     assert second.wait(timeout=30) == 0, (machine / "out").read_text()
-    assert lines(machine / "runs") == 1
+    assert lines(machine / "runs") == 2
     assert "--auto-resume" in (machine / "runs").read_text()
     assert "ended with exit code 0" in (machine / "out").read_text()
     assert not (machine / "state").exists()

@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.training import reader
 from experiments.training.checkpoint import Checkpointer, ResumeError, SaveError
 from experiments.training.mesh import make_mesh
 from experiments.training.preservation import LowestRank
@@ -52,6 +53,12 @@ def data_files(step: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------------- what is kept
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """A second try of a read comes without a wait."""
+    monkeypatch.setattr(reader, "_WAIT", 0.0)
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):

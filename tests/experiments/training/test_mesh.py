@@ -17,6 +17,7 @@ from experiments.models.functional import functional_llama
 from experiments.models.llama import PRESETS
 from experiments.models.lora import Adapter
 from experiments.training import mesh as mesh_lib
+from experiments.training.state import init_program
 from tests.experiments.small_llama import CONFIG, abstract_params
 
 
@@ -225,6 +226,18 @@ def test_nodes_of_gpus_are_kept_together(sizes, lanes) -> None:
     assert nodes == lanes
     tensor = arranged.reshape(-1, sizes[-1])
     assert all(len({gpu.slice_index for gpu in row}) == 1 for row in tensor)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_each_device_makes_its_part_of_the_parameters(explicit) -> None:
+    init_params, _ = functional_llama(PRESETS["demo"])
+    mesh = mesh_lib.make_mesh(1, 8, explicit=explicit)
+    key = jax.random.key(0)
+    shardings = mesh_lib.param_shardings(jax.eval_shape(init_params, key), mesh)
+    with jax.set_mesh(mesh):
+        program = init_program(init_params, shardings).lower(key).compile()
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * memory.output_size_in_bytes
 
 
 def test_impossible_meshes_are_refused() -> None:
