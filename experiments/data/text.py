@@ -19,8 +19,9 @@ from experiments.data.token_cache import TokenCache
 from experiments.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from experiments.data.tokens import Tokens, join, tokenize
 
-# Seconds to go on trying to reach the hub: a user waits for the start of a run.
-_PATIENCE = 20.0
+# Seconds to go on trying to reach the hub. A user waits for the start of a run; where
+# there are many processes, the hub may put them off, and one that gives up ends all.
+_PATIENCE, _PATIENCE_OF_MANY = 20.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ class _Request:
         if choice is None:
             return None
         if choice == "t5-base":
-            choice = t5_tokenizer(self.report, _PATIENCE)
+            alone = self.share.count == 1
+            patience = _PATIENCE if alone else _PATIENCE_OF_MANY
+            choice = t5_tokenizer(self.report, patience)
         return self.checked(load_tokenizer(choice))
 
 

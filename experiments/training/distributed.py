@@ -77,7 +77,8 @@ def agreed() -> Iterator[None]:
     error = None
     try:
         yield
-    except (ValueError, OSError) as caught:
+    # Whatever it is: the others wait.
+    except Exception as caught:
         error = caught
     messages = gather(None if error is None else str(error))
     if error is not None:
