@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from ngalore_jax import sharding
 from ngalore_jax.accumulation import accumulate
 from ngalore_jax.low_rank import low_rank
 from ngalore_jax.matrices import (
@@ -376,19 +377,23 @@ def _optimizer(
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """``inner`` with a state of float32 at least: a bfloat16 average stands still."""
 
-    def widened(tree: optax.Params) -> optax.Params:
-        return jax.tree.map(lambda x: x.astype(work_dtype(x)), tree)
+    def init(params: optax.Params) -> optax.OptState:
+        return inner.init(
+            jax.tree.map(
+                lambda x: sharding.zeros(x.shape, work_dtype(x), sharding.spec_of(x)),
+                params,
+            )
+        )
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        new, state = inner.update(widened(updates), state)
+        wide = jax.tree.map(lambda x: x.astype(work_dtype(x)), updates)
+        new, state = inner.update(wide, state)
         return jax.tree.map(lambda x, old: x.astype(old.dtype), new, updates), state
 
-    return optax.GradientTransformation(
-        lambda params: inner.init(widened(params)), update
-    )
+    return optax.GradientTransformation(init, update)
 
 
 def _product(*factors: Any) -> Any:

@@ -120,8 +120,6 @@ def check_dtype(
             f"{name} must be None, a float dtype such as 'bfloat16', or 'int8', got "
             f"{dtype!r}."
         )
-    if found != _INT8 and found.itemsize < 2:
-        raise ValueError(f"{name}={found.name} is too coarse; 'int8' is as small.")
     if (
         of_gradients
         and jnp.issubdtype(found, jnp.floating)
@@ -131,6 +129,8 @@ def check_dtype(
             f"{name}={found.name} cannot hold small gradients or their squares; "
             "'bfloat16' takes no more than two bytes either, 'int8' about one."
         )
+    if found != _INT8 and found.itemsize < 2:
+        raise ValueError(f"{name}={found.name} is too coarse; 'int8' is as small.")
     return found
 
 
