@@ -140,6 +140,9 @@ def markdown(records: Records, rows: Sequence[Row]) -> str:
             f"| {'' if math.isnan(average) else f'**{average:.2f}**'} |"
         )
     first = rows[0].any_record
+    versions = [record.versions for record in records.runs.values()]
+    devices = sorted({made["device"] for made in versions if "device" in made})
+    made = f"Made on {' and '.join(devices)} by:" if devices else "Made by:"
     several = len(records.seeds) > 1
     seeds = ", ".join(map(str, records.seeds))
     over = f"medians over seeds {seeds}, lowest to highest in brackets"
@@ -155,7 +158,7 @@ def markdown(records: Records, rows: Sequence[Row]) -> str:
         f"![scores by task and method]({_PLOT})",
         _other_scores(rows, tasks),
         _rates(rows, tasks),
-        "\n".join(["Made by:", "", *(f"    {one}" for one in records.commands)]),
+        "\n".join([made, "", *(f"    {one}" for one in records.commands)]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

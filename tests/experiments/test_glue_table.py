@@ -124,7 +124,7 @@ def test_every_method_is_tuned_alike_on_every_task(make, runs, tmp_path, capsys)
     assert "| 90.50 (90.0 to 91.0) | 90.50 (90.0 to 91.0) | **90.50** |" in full
     assert "MRPC, accuracy: full 70.50, lora_r2 70.50" in text
     assert "lora_r2: MRPC 3e-05 of 1e-05, 2e-05, 3e-05, 4.5e-05" in text
-    assert "--task all --tasks mrpc sst2" in text
+    assert "Made on cpu by:" in text and "--task all --tasks mrpc sst2" in text
     assert (tmp_path / "table" / "glue.png").stat().st_size > 5000
     assert "| full |" in capsys.readouterr().out
 
