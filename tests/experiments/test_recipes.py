@@ -84,6 +84,7 @@ def until(done):
         time.sleep(0.02)
 
 
+@pytest.mark.skipif(not shutil.which("flock"), reason="flock is Linux's, as TPUs are")
 def test_a_tpu_slice_runs_once_and_goes_back_at_the_end(machine, start):
     command(machine, "gcloud", GCLOUD)
     command(machine, "git", "mkdir ngalore-jax")
