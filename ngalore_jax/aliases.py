@@ -390,10 +390,9 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         wide = jax.tree.map(lambda x: x.astype(work_dtype(x)), updates)
-        new, state = inner.update(wide, state)
-        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, updates), state
+        return inner.update(wide, state)
 
-    return optax.GradientTransformation(init, update)
+    return _dtypes_kept(optax.GradientTransformation(init, update))
 
 
 def _product(*factors: Any) -> Any:
@@ -409,7 +408,7 @@ def _product(*factors: Any) -> Any:
 def _dtypes_kept(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """``inner``, whose float32 schedules would make bfloat16 updates float32."""
+    """``inner``, whose float32 state or schedules would make updates float32."""
     inner = optax.with_extra_args_support(inner)
 
     def update(

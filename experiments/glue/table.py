@@ -140,9 +140,9 @@ def markdown(records: Records, rows: Sequence[Row]) -> str:
             f"| {'' if math.isnan(average) else f'**{average:.2f}**'} |"
         )
     first = rows[0].any_record
-    versions = [record.versions for record in records.runs.values()]
-    devices = sorted({made["device"] for made in versions if "device" in made})
-    made = f"Made on {' and '.join(devices)} by:" if devices else "Made by:"
+    found = {record.versions.get("device") for record in records.runs.values()}
+    devices = " and ".join(sorted(found - {None}))
+    made = f"Made on {devices} by:" if devices else "Made by:"
     several = len(records.seeds) > 1
     seeds = ", ".join(map(str, records.seeds))
     over = f"medians over seeds {seeds}, lowest to highest in brackets"

@@ -193,7 +193,8 @@ def test_mistakes_are_explained_in_a_line(texts, tmp_path, capsys):
         main(arguments(texts, tmp_path / "b", "--batch-size", "0"))
     assert "batch_size=0 must be at least 1" in capsys.readouterr().err
     for flag, value, message in (
-        *((f"--{name}", "1", "=1.0 must be in [0, 1).") for name in ("b1", "b2")),
+        ("--b1", "1", "b1=1.0 must be in [0, 1)."),
+        ("--b2", "1", "b2=1.0 must be in [0, 1)."),
         ("--momentum", "1", "momentum=1.0 must be in [0, 1)."),
         ("--clip-norm", "0", "clip_norm=0.0 must be positive; None does not clip."),
         ("--clip-norm", "-1", "clip_norm=-1.0 must be positive"),

@@ -259,7 +259,7 @@ def test_bfloat16_leaves():
 def test_int8_state(kind):
     """Integers with the documented shardings, and the numbers of one device."""
     small = dict.fromkeys(("history_dtype", "moments_dtype", "basis_dtype"), "int8")
-    tx = natural_galore(**small, residual=None)
+    tx = natural_galore(**small, residual=ng.orthogonal())
     expected, _ = train(tx, jnp.asarray)
     layout, mesh = LAYOUTS["stack, kept side"], make_mesh("x", kind)
     sharding = NamedSharding(mesh, layout.spec)
@@ -271,10 +271,10 @@ def test_int8_state(kind):
             [x for x in jax.tree.leaves(states[-1]) if x.dtype in dtypes]
             for dtypes in (("int8", "uint8"), ("bfloat16",))
         )
-        assert len(integers) == len(scales) == 4
+        assert len(integers) == len(scales) == 5
         split = [jax.typeof(x).sharding.spec[-1] for x in (*integers, *scales)]
         # All but the basis, whose rows are whole on every device.
-        assert split.count("x") == 6 and split.count(None) == 2
+        assert split.count("x") == 8 and split.count(None) == 2
     for update, target in zip(updates, expected, strict=True):
         np.testing.assert_allclose(update, target, rtol=1e-4, atol=1e-6)
 
