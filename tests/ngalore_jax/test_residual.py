@@ -152,8 +152,9 @@ def test_zero_codimension_and_zero_weight_equal_no_residual():
     stream = reference.gradients(0, 7, 4, 9)
     for residual, rank in ((2.0, 4), (0.0, 2)):
         updates, states = run(adam_with(residual, rank), stream)
-        expected, _ = run(adam_with(None, rank), stream)
+        expected, none = run(adam_with(None, rank), stream)
         chex.assert_trees_all_close(updates, expected, atol=1e-5)
+        assert not jax.tree.leaves(none[-1].residual)
         assert bool(jax.tree.leaves(states[-1].residual)) == (rank < 4)
 
 

@@ -42,36 +42,34 @@ class Batches(small_run.Numbers):
 
 
 def test_a_run_ends_with_its_best_parameters_and_starts_from_given_ones(tmp_path):
-    scores = [0.1, 0.9, 0.5, 0.9]
-    evaluated = iter(
-        {"validation_loss": 1.0, "validation_score": score} for score in scores
-    )
-    seen = []
+    scores, seen = [0.1, 0.9, 0.5, 0.9], []
     config = parse(["--run-dir", str(tmp_path / "run"), "--batch-size", "4"])
-    outcome = run(
-        config,
-        RunFolder(tmp_path / "run"),
-        lambda layout: job(evaluated, seen.append, Plan(4, 1, 1)),
-        Console(quiet=True),
-    )
+
+    def trained(name, finish, scores, every=1):
+        evaluated = iter(
+            {"validation_loss": 1.0, "validation_score": score} for score in scores
+        )
+        plan = Plan(every * len(scores), every, every)
+        return run(
+            config,
+            RunFolder(tmp_path / name),
+            lambda layout: job(evaluated, finish, plan),
+            Console(quiet=True),
+        )
+
+    outcome = trained("run", seen.append, scores)
     (best,) = seen
-    # Not the last one, whose arrays made room for it.
+    # The last one's arrays have made room for it.
     assert outcome.steps == 4 and not any(
         isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(outcome.state)
     )
+    last = trained("last", None, scores).state
+    assert int(last.step) == 4
+    assert not np.array_equal(best["w"], last.params["w"])
 
     # Two steps end where the best checkpoint was made.
-    run(
-        config,
-        RunFolder(tmp_path / "short"),
-        lambda layout: job(
-            iter([{"validation_loss": 1.0, "validation_score": 0.0}]),
-            seen.append,
-            Plan(2, 2, 2),
-        ),
-        Console(quiet=True),
-    )
-    np.testing.assert_array_equal(best["w"], seen[1]["w"])
+    short = trained("short", None, [0.0], every=2).state
+    np.testing.assert_array_equal(best["w"], short.params["w"])
     start = small_run.initial_state().params["w"]
-    moved = np.abs(best["w"] - (start + 1)).max()
+    moved = np.abs(short.params["w"] - (start + 1)).max()
     assert 0 < moved < 0.2  # two steps of 1e-2 from the given values
