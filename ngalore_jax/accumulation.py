@@ -26,9 +26,17 @@ class AccumulationState(NamedTuple):
 
 
 def start(
-    inner: optax.GradientTransformation, lows: optax.Params, rotations: optax.Updates
-) -> AccumulationState:
-    """State before the first microbatch, from trees like the updates."""
+    inner: optax.GradientTransformation,
+    steps: int | None,
+    lows: optax.Params,
+    rotations: optax.Updates,
+) -> optax.OptState:
+    """State before the first microbatch, from trees like the updates.
+
+    ``steps`` None is no accumulation: ``inner``'s own state.
+    """
+    if steps is None:
+        return inner.init(lows)
     return AccumulationState(
         mini_step=jnp.zeros([], jnp.int32),
         total=jax.tree.map(lambda x: jnp.zeros_like(x, dtype=work_dtype(x)), lows),
@@ -40,13 +48,15 @@ def start(
 
 def add(
     inner: optax.GradientTransformationExtraArgs,
-    steps: int,
+    steps: int | None,
     lows: optax.Updates,
-    state: AccumulationState,
+    state: Any,
     change: SubspaceChange,
     extra_args: dict[str, Any],
-) -> tuple[optax.Updates, AccumulationState]:
+) -> tuple[optax.Updates, optax.OptState]:
     """Takes one microbatch: zeros, and ``inner``'s directions after the last one."""
+    if steps is None:
+        return inner.update(lows, state, subspace_change=change, **extra_args)
     first = state.mini_step == 0
     total = jax.tree.map(lambda total, low: total + low, state.total, lows)
     moved = jnp.where(first, change.moved, state.moved)
@@ -82,15 +92,15 @@ def accumulate(
     def no_rotations(tree: optax.Params) -> optax.Updates:
         return jax.tree.map(lambda _: None, tree)
 
-    def init(params: optax.Params) -> AccumulationState:
-        return start(inner, params, no_rotations(params))
+    def init(params: optax.Params) -> optax.OptState:
+        return start(inner, steps, params, no_rotations(params))
 
     def update(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, AccumulationState]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params
         change = SubspaceChange(False, no_rotations(updates))
         return add(inner, steps, updates, state, change, extra_args)

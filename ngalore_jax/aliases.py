@@ -10,6 +10,7 @@ import optax
 
 from ngalore_jax import sharding
 from ngalore_jax.accumulation import accumulate
+from ngalore_jax.checks import check_at_least
 from ngalore_jax.low_rank import low_rank
 from ngalore_jax.matrices import (
     Side,
@@ -22,7 +23,7 @@ from ngalore_jax.natural import scale_by_natural_gradient
 from ngalore_jax.orthogonalized import Orthogonal, orthogonal
 from ngalore_jax.projection import finite_or_zero
 from ngalore_jax.projectors import Projector, svd
-from ngalore_jax.residual import Residual, check_number
+from ngalore_jax.residual import Residual
 from ngalore_jax.subspace import AtRefresh
 
 PAPER: Mapping[str, Any] = MappingProxyType(
@@ -91,8 +92,8 @@ def natural_galore(
     All other leaves take Adam. Departures from the paper, each an argument and
     undone by ``**PAPER``: :math:`E`, the momentum of the gradient outside the subspace,
     orthogonalised (:func:`ngalore_jax.orthogonal`); moments and history follow the
-    basis at a refresh; the basis comes from subspace iteration; the history is short
-    and kept in 8 bits.
+    basis at a refresh; the basis comes from subspace iteration, every few steps; the
+    history is short and kept in 8 bits; ``eps`` is 1e-8.
 
     Args:
       learning_rate: :math:`\eta`, a number or an optax schedule.
@@ -132,7 +133,8 @@ def natural_galore(
       is weight decay.
 
     Raises:
-      TypeError: If ``rank`` or ``history`` is not an int known at trace time.
+      TypeError: If ``rank``, ``history`` or ``accumulation_steps`` is not an int known
+        at trace time.
       ValueError: If an argument is outside its range, or a rank exceeds a side.
 
     Memory:
@@ -254,7 +256,8 @@ def galore(
       is weight decay.
 
     Raises:
-      TypeError: If ``rank`` is not an int known at trace time.
+      TypeError: If ``rank`` or ``accumulation_steps`` is not an int known at trace
+        time.
       ValueError: If an argument is outside its range, or a rank exceeds a side.
 
     Memory:
@@ -306,7 +309,7 @@ def _optimizer(
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """``low_rank(inside, **settings)`` on matrices, ``full_rank`` on other leaves."""
-    check_number("weight_decay", weight_decay, lambda x: x >= 0, "at least 0")
+    check_at_least("weight_decay", weight_decay, 0)
 
     def labels(params: optax.Params) -> optax.Params:
         treedef = jax.tree.structure(params)

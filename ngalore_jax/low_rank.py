@@ -14,13 +14,14 @@ papers (2403.03507, 2410.16029)       here           shape, for one matrix
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ngalore_jax import accumulation, storage
+from ngalore_jax.checks import check_choice, check_gap, check_int
 from ngalore_jax.leaves import FullRankLeaf, ProjectedLeaf
 from ngalore_jax.matrices import (
     Side,
@@ -30,12 +31,7 @@ from ngalore_jax.matrices import (
 )
 from ngalore_jax.orthogonalized import Orthogonal
 from ngalore_jax.projectors import Projector, subspace_iteration
-from ngalore_jax.residual import (
-    Residual,
-    ResidualState,
-    check_number,
-    compensation,
-)
+from ngalore_jax.residual import Residual, ResidualState, compensation
 from ngalore_jax.subspace import SubspaceChange, when
 
 
@@ -109,8 +105,9 @@ def low_rank(
         ``"larger"`` (a tie: the left one, as ``optax.contrib.galore``), ``"left"``
         (the reduction side) or ``"right"`` (the output side).
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
-      basis_dtype: Storage dtype of the bases: a float dtype, ``"int8"`` with a scale a
-        row (:mod:`ngalore_jax.storage`), or None for float32 (float64 leaves: float64).
+      basis_dtype: Storage dtype of the bases: a float dtype, ``"int8"`` with one scale
+        per row (:mod:`ngalore_jax.storage`), or None for float32 (float64 leaves:
+        float64).
       accumulation_steps: Microbatches a step, as in ``optax.MultiSteps``; None: each
         gradient is a whole one. ``update`` takes a microbatch's gradient and returns
         zeros but for the last one's. Projected gradients add up, ``r n`` elements a
@@ -131,11 +128,11 @@ def low_rank(
     Raises:
       TypeError: If ``rank`` or ``accumulation_steps`` is not an int known when
         tracing, or ``residual`` neither a rule nor a number.
-      ValueError: If ``rank`` or ``update_proj_gap`` is below 1, ``side`` or
-        ``basis_dtype`` is unknown,
-        ``accumulation_steps`` is below 1 or comes with a residual, ``basis_dtype`` is
-        narrower than float32 and the residual one that scales columns, or, at
-        ``init``, a rank exceeds a side or axes do not fit a leaf.
+      ValueError: If ``rank`` is below 1, ``update_proj_gap`` no whole number of at
+        least 1, ``side`` or ``basis_dtype`` unknown, ``accumulation_steps`` below 1 or
+        given with a residual, ``basis_dtype`` narrower than float32 and the residual
+        one that scales columns, or, at ``init``, a rank exceeds a side or axes do not
+        fit a leaf.
 
     Memory:
       ``m r`` elements a matrix, ``r n + r r`` with accumulation, the residual's (its
@@ -155,6 +152,7 @@ def low_rank(
     _check_arguments(rank, update_proj_gap, side, accumulation_steps, residual)
     basis_dtype = storage.check_dtype("basis_dtype", basis_dtype, of_gradients=False)
     inner = optax.with_extra_args_support(inner)
+    microbatches = accumulation_steps or 1
     projector = subspace_iteration() if projector is None else projector
     if residual is not None and not isinstance(residual, Residual | Orthogonal):
         residual = compensation(residual)
@@ -184,15 +182,11 @@ def low_rank(
         plans = list(zip(plan(params), leaves, strict=True))
         tree = treedef.unflatten
         lows = tree([how.low(p) for how, p in plans])
-        if accumulation_steps is not None:
-            no_rotations = tree([how.no_rotation(p) for how, p in plans])
-            inner_state = accumulation.start(inner, lows, no_rotations)
-        else:
-            inner_state = inner.init(lows)
+        no_rotations = tree([how.no_rotation(p) for how, p in plans])
         return LowRankState(
             count=jnp.zeros([], jnp.int32),
             projector=storage.join(treedef, [how.basis(p) for how, p in plans]),
-            inner=inner_state,
+            inner=accumulation.start(inner, accumulation_steps, lows, no_rotations),
             residual=_stacked(treedef, [how.outside(p) for how, p in plans]),
         )
 
@@ -211,8 +205,9 @@ def low_rank(
         leaves_of = functools.partial(storage.leaves_of, treedef)
         count = state.count
 
-        gap = update_proj_gap * (accumulation_steps or 1)
-        due = count % gap == 0 if refresh is None else refresh
+        due = count % (update_proj_gap * microbatches) == 0
+        if refresh is not None:
+            due = refresh
         if accumulation_steps is not None and refresh:
             due = state.inner.mini_step == 0  # microbatches of a step share a basis
         bases, rotations = when(
@@ -228,16 +223,15 @@ def low_rank(
         lows, finite = _transpose(
             2, [h.project(g, p) for h, g, p in zip(how, gradients, bases)]
         )
-        change = SubspaceChange(due, tree(rotations))
-        if accumulation_steps is not None:
-            directions, inner_state = accumulation.add(
-                inner, accumulation_steps, tree(lows), state.inner, change, extra_args
-            )
-        else:
-            directions, inner_state = inner.update(
-                tree(lows), state.inner, subspace_change=change, **extra_args
-            )
-        factor = scale(count // (accumulation_steps or 1)) if callable(scale) else scale
+        directions, inner_state = accumulation.add(
+            inner,
+            accumulation_steps,
+            tree(lows),
+            state.inner,
+            SubspaceChange(due, tree(rotations)),
+            extra_args,
+        )
+        factor = scale(count // microbatches) if callable(scale) else scale
         stages = zip(
             gradients,
             bases,
@@ -281,40 +275,18 @@ def _check_arguments(
     accumulation_steps: int | None,
     residual: Residual | Orthogonal | float | None,
 ) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int | None):
-        raise TypeError(
-            f"rank must be an int known at trace time, got {type(rank).__name__}; with "
-            "optax.inject_hyperparams add 'rank' to static_args."
-        )
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
-    check_number(
-        "update_proj_gap",
-        update_proj_gap,
-        lambda x: x >= 1 and float(x).is_integer(),
-        "a whole number of at least 1",
-    )
+    if rank is not None:
+        check_int("rank", rank)
+    check_gap("update_proj_gap", update_proj_gap)
+    check_choice("side", side, Side)
     if callable(residual) or isinstance(residual, str):
         raise TypeError(
             "residual must be a rule such as ng.orthogonal() (called), a number or "
             f"None, got {residual!r}."
         )
-    if side not in get_args(Side):
-        raise ValueError(
-            f"side must be one of {', '.join(get_args(Side))}, got {side!r}."
-        )
     if accumulation_steps is None:
         return
-    if not isinstance(accumulation_steps, int):
-        raise TypeError(
-            "accumulation_steps must be an int known at trace time, got "
-            f"{type(accumulation_steps).__name__}; with optax.inject_hyperparams add "
-            "'accumulation_steps' to static_args."
-        )
-    if accumulation_steps < 1:
-        raise ValueError(
-            f"accumulation_steps must be at least 1, got {accumulation_steps}."
-        )
+    check_int("accumulation_steps", accumulation_steps)
     if residual is not None:
         raise ValueError(
             f"accumulation_steps={accumulation_steps} keeps projected gradients only, "

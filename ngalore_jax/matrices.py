@@ -194,12 +194,8 @@ def resolve_dimension_numbers(
         )
     else:
         specs = weight_dimension_numbers
-    resolved = []
-
-    # optax.masked leaves MaskedNode where another transform owns the leaf.
-    def collect(leaf: Any, spec: Any) -> None:
-        if isinstance(leaf, optax.MaskedNode):
-            return
+    pairs = leaves_with(tree, specs)
+    for leaf, spec in pairs:
         if spec is not None and not _is_spec(spec):
             raise TypeError(
                 "weight_dimension_numbers must give a MatrixDimensionNumbers or None "
@@ -210,12 +206,22 @@ def resolve_dimension_numbers(
                 f"weight_dimension_numbers gives {spec} to a leaf of shape "
                 f"{leaf.shape}, which has fewer than two dimensions; give it None."
             )
-        resolved.append(spec)
+    return [spec for _, spec in pairs]
 
+
+def leaves_with(tree: optax.Params, specs: Any) -> list[tuple[Any, Any]]:
+    """Each leaf of ``tree`` with its spec, but for those of other transforms.
+
+    ``optax.masked`` leaves a ``MaskedNode`` in the place of those.
+    """
+    pairs = []
     jax.tree.map(
-        collect, tree, specs, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+        lambda leaf, spec: pairs.append((leaf, spec)),
+        tree,
+        specs,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
-    return resolved
+    return [pair for pair in pairs if not isinstance(pair[0], optax.MaskedNode)]
 
 
 def without_masks(tree: optax.Params) -> optax.Params:

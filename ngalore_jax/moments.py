@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from ngalore_jax import sharding, storage
+from ngalore_jax.checks import check_at_least, check_choice, check_decay
 from ngalore_jax.matrices import work_dtype
-from ngalore_jax.residual import check_number
 from ngalore_jax.subspace import (
     AtRefresh,
     SubspaceChange,
-    check_at_refresh,
     rotations_of,
     when,
 )
@@ -53,12 +52,12 @@ def scale_by_subspace_adam(
         numbers of ``optax.scale_by_adam``. Else the step is computed in float32
         (float64 for float64 leaves) and only what is kept is rounded, up or down at
         random so that it is right on average: see :mod:`ngalore_jax.storage`. A float
-        dtype of float32's range (``"bfloat16"``), or ``"int8"`` with a scale a column,
-        in a curve that keeps small second moments apart from zero.
+        dtype of float32's range (``"bfloat16"``), or ``"int8"`` with one scale per
+        column, in a curve that keeps small second moments apart from zero.
 
     Returns:
-      A transformation with ``optax.ScaleByAdamState``, the leaves of whose moments are
-      :class:`ngalore_jax.storage.Int8` with ``"int8"``. Outside
+      A transformation with ``optax.ScaleByAdamState``; with ``"int8"`` each of its two
+      moments is one :class:`ngalore_jax.storage.Int8` of two trees. Outside
       :func:`ngalore_jax.low_rank` it is Adam.
 
     Raises:
@@ -78,10 +77,10 @@ def scale_by_subspace_adam(
       2.00048828125
       1.25048828125
     """
-    check_at_refresh("at_refresh", at_refresh)
-    for name, decay in (("b1", b1), ("b2", b2)):
-        check_number(name, decay, lambda x: 0 <= x < 1, "in [0, 1)")
-    check_number("eps", eps, lambda x: x >= 0, "at least 0")
+    check_choice("at_refresh", at_refresh, AtRefresh)
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_at_least("eps", eps, 0)
     dtype = storage.check_dtype("moments_dtype", moments_dtype)
     adam = optax.scale_by_adam(b1, b2, eps)
 

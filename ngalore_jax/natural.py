@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import optax
 
 from ngalore_jax import sharding, storage
+from ngalore_jax.checks import check_choice, check_int
 from ngalore_jax.matrices import work_dtype
 from ngalore_jax.subspace import (
     AtRefresh,
     SubspaceChange,
-    check_at_refresh,
     rotations_of,
     when,
 )
@@ -86,8 +86,8 @@ def scale_by_natural_gradient(
       at_refresh: What happens to the history when ``low_rank`` moves the basis:
         ``"rotate"`` carries it over (:math:`H_j \leftarrow P_{new}^\top P_{old} H_j`),
         ``"keep"`` leaves it as it is (the published code), ``"reset"`` empties it.
-      history_dtype: Storage dtype of the history: ``"bfloat16"``, ``"int8"`` with a
-        scale a column (:mod:`ngalore_jax.storage`), or None for that of the updates.
+      history_dtype: Storage dtype of the history: ``"bfloat16"``, ``"int8"`` with one
+        scale per column (:mod:`ngalore_jax.storage`), or None for that of the updates.
         The Gram matrix is of the gradients as they are stored.
 
     Returns:
@@ -98,7 +98,7 @@ def scale_by_natural_gradient(
       TypeError: If ``history`` is not an int (under ``optax.inject_hyperparams``
         name it in ``static_args``).
       ValueError: If ``history`` is below 1, a concrete ``damping`` is not positive, or
-        ``history_dtype`` is none of the above.
+        ``at_refresh`` or ``history_dtype`` is none of the above.
 
     Memory:
       ``s r n + s^2`` elements a matrix; ``s (r + 2) n`` bytes and ``s^2`` elements with
@@ -112,20 +112,13 @@ def scale_by_natural_gradient(
       >>> print(jnp.rint(updates * 26))  # F^{-1} g = g / (1 + |g|^2)
       [3. 4.]
     """
-    if isinstance(history, bool) or not isinstance(history, int):
-        raise TypeError(
-            "history must be an int known at trace time, got "
-            f"{type(history).__name__}; with optax.inject_hyperparams add 'history' to "
-            "static_args."
-        )
-    if history < 1:
-        raise ValueError(f"history must be at least 1, got {history}.")
+    check_int("history", history)
     if isinstance(damping, int | float) and not damping > 0:
         raise ValueError(
             f"damping must be positive, got {damping}: without it the Fisher of a few "
             "gradients has no inverse."
         )
-    check_at_refresh("at_refresh", at_refresh)
+    check_choice("at_refresh", at_refresh, AtRefresh)
     dtype = storage.check_dtype("history_dtype", history_dtype)
 
     def init(params: optax.Params) -> NaturalGradientState:

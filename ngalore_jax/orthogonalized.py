@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ngalore_jax import storage
-from ngalore_jax.residual import check_number
+from ngalore_jax.checks import check_at_least, check_decay
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Muon's quintic: singular values from 1e-3 to 1 come to about 0.7 to 1.2 in five turns.
@@ -61,8 +61,8 @@ def orthogonal(
       weight: :math:`c`, at least 0.
       decay: :math:`\beta`, in [0, 1). Muon's own is 0.95.
       iterations: Newton-Schulz iterations, at least 1.
-      momentum_dtype: Storage dtype of :math:`M`: ``"int8"`` with a scale a column and
-        rounded up or down at random (:mod:`ngalore_jax.storage`), a float dtype, or
+      momentum_dtype: Storage dtype of :math:`M`: ``"int8"`` with one scale per column
+        and rounded up or down at random (:mod:`ngalore_jax.storage`), a float dtype, or
         None for float32.
 
     Returns:
@@ -78,10 +78,9 @@ def orthogonal(
     References:
       Jordan et al., Muon, 2024 (https://kellerjordan.github.io/posts/muon/).
     """
-    check_number("weight", weight, lambda x: x >= 0, "at least 0")
-    check_number("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}.")
+    check_at_least("weight", weight, 0)
+    check_decay("decay", decay)
+    check_at_least("iterations", iterations, 1)
     dtype = storage.check_dtype("momentum_dtype", momentum_dtype)
     return Orthogonal((weight, decay), iterations, dtype)
 

@@ -29,6 +29,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ngalore_jax.checks import check_at_least
+
 Projector = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -84,8 +86,7 @@ def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
       Halko et al., Finding structure with randomness, 2011 (arXiv 0909.4061),
       algorithm 4.4.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}.")
+    check_at_least("iterations", iterations, 1)
 
     def refresh(gradient: jax.Array, basis: jax.Array, count: jax.Array) -> jax.Array:
         m, r = basis.shape[-2:]

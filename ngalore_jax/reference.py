@@ -1,11 +1,18 @@
 """The optimizer of the published code, which is not quite that of the paper."""
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ngalore_jax.checks import (
+    check_at_least,
+    check_choice,
+    check_decay,
+    check_gap,
+    check_int,
+)
 from ngalore_jax.natural import scale_by_natural_gradient
 from ngalore_jax.projection import finite_or_zero
 from ngalore_jax.tensors import WeightModeAxes, tensor_views
@@ -126,7 +133,13 @@ def reference(
       Das, Natural GaLore, 2024 (arXiv 2410.16029) and its code,
       ``selfsupervised-ai/Natural-GaLore`` on GitHub.
     """
-    _check_arguments(rank, mode, update_proj_gap, eps, weight_decay)
+    check_int("rank", rank)
+    check_choice("mode", mode, ReferenceMode)
+    check_gap("update_proj_gap", update_proj_gap)
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_at_least("eps", eps, 0)
+    check_at_least("weight_decay", weight_decay, 0)
     online, adam = mode.startswith("online"), _scale_by_adam(b1, b2, eps)
     if not online:
         factor_learning_rate = None
@@ -222,25 +235,3 @@ def _step_then_decay(
         return changes, _StepCount(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformation(init, update)
-
-
-def _check_arguments(
-    rank: Any, mode: str, update_proj_gap: Any, eps: Any, weight_decay: Any
-) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(
-            f"rank must be an int known at trace time, got {type(rank).__name__}; with "
-            "optax.inject_hyperparams add 'rank' to static_args."
-        )
-    if mode not in get_args(ReferenceMode):
-        raise ValueError(
-            f"mode must be one of {', '.join(get_args(ReferenceMode))}, got {mode!r}."
-        )
-    for name, value, least in (
-        ("rank", rank, 1),
-        ("update_proj_gap", update_proj_gap, 1),
-        ("eps", eps, 0),
-        ("weight_decay", weight_decay, 0),
-    ):
-        if isinstance(value, int | float) and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")

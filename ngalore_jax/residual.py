@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ngalore_jax.checks import check_at_least, check_decay, check_number
+
 # Share of a column's energy below which what a rule divides by is rounding.
 _NOISE_FLOOR = 1e-6
 
@@ -73,10 +75,12 @@ def compensation(
       \phi &\leftarrow \min(\|C\|, \gamma \phi), \qquad
       d = c\, \phi / \|C\| \cdot \sqrt{(m - r) / \hat p}
 
-    The entries of :math:`C` are about 1, so ``weight`` compares to Adam's step inside
-    the subspace. Departures from the paper: :math:`p` is bias-corrected (it starts
-    30 times too small otherwise), and an energy below 1e-6 of the column's counts
-    as 1e-6, so that rounding of a gradient that lies in the subspace is not amplified.
+    where :math:`\phi` starts at the first :math:`\|C\|` that is not zero, and a step
+    without gradient leaves it as it is. The entries of :math:`C` are about 1, so
+    ``weight`` compares to Adam's step inside the subspace. Departures from the paper:
+    :math:`p` is bias-corrected (it starts 30 times too small otherwise), and 1e-6 of
+    the column's own energy is added to it, so that rounding of a gradient that lies in
+    the subspace is not amplified.
 
     Args:
       weight: :math:`c`, at least 0. The paper uses 0.4.
@@ -97,8 +101,8 @@ def compensation(
       Gong et al., 2025 (arXiv 2502.07752), section 4.3; Chen et al., Fira, 2024
       (arXiv 2410.01623), equation 8.
     """
-    check_number("weight", weight, lambda x: x >= 0, "at least 0")
-    check_number("decay", decay, lambda x: 0 <= x < 1, "in [0, 1)")
+    check_at_least("weight", weight, 0)
+    check_decay("decay", decay)
     check_number("max_growth", max_growth, lambda x: x > 1, "above 1")
 
     return Residual(_compensate, (weight, decay, max_growth))
@@ -115,8 +119,9 @@ def fira(
       \phi &\leftarrow \min(\|C\|, \gamma \phi), \qquad
       d = c\, \phi / \|C\| \cdot \varphi
 
-    A column without gradient in the subspace gets none outside. With the natural
-    gradient inside, :math:`R` is what came before it. Departure from the paper: an
+    with :math:`\phi` as in :func:`compensation`. A column without gradient in the
+    subspace gets none outside. With the natural gradient inside, :math:`R` is what came
+    before it. Departure from the paper: an
     :math:`R_{:j}` below 1e-3 of the column's norm counts as that, so that Adam's answer
     to rounding is not amplified.
 
@@ -136,7 +141,7 @@ def fira(
     References:
       Chen et al., Fira, 2024 (arXiv 2410.01623), equations 6 to 8.
     """
-    check_number("weight", weight, lambda x: x >= 0, "at least 0")
+    check_at_least("weight", weight, 0)
     check_number("max_growth", max_growth, lambda x: x > 1, "above 1")
 
     return Residual(_fira, (weight, max_growth), keeps_energy=False)
@@ -190,14 +195,3 @@ def _limit(
 def _quotient(x: jax.typing.ArrayLike, y: jax.Array) -> jax.Array:
     """``x / y``, and 0 where ``y`` is 0."""
     return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
-
-
-def check_number(
-    name: str, value: Any, ok: Callable[[float], bool], needed: str
-) -> None:
-    """Raises ValueError if a concrete number is out of range.
-
-    Traced ones and schedules pass.
-    """
-    if isinstance(value, int | float) and not ok(value):
-        raise ValueError(f"{name} must be {needed}, got {value}.")

@@ -67,12 +67,12 @@ def leaf_specs(view: MatrixView, leaf: Any) -> LeafSpecs:
     parts = _parts(projected)
     split_rank = parts > 1 and _parts(kept) == 1 and view.rank % parts == 0
     return LeafSpecs(
-        Spec(*batch, None, None),
-        Spec(*batch, projected, None),
-        Spec(*batch, projected if split_rank else None, kept),
-        Spec(*batch, projected, kept),
-        Spec(*batch, kept),
-        Spec(*batch),
+        basis=Spec(*batch, None, None),
+        used_basis=Spec(*batch, projected, None),
+        low=Spec(*batch, projected if split_rank else None, kept),
+        matrix=Spec(*batch, projected, kept),
+        columns=Spec(*batch, kept),
+        batch=Spec(*batch),
     )
 
 

@@ -1,7 +1,7 @@
 """What a state that lives in the subspace does when the subspace moves."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,6 @@ class SubspaceChange(NamedTuple):
 
     moved: jax.Array | bool
     rotation: optax.Updates
-
-
-def check_at_refresh(name: str, value: str) -> None:
-    """Raises ValueError unless ``value`` is one of the three policies."""
-    if value not in get_args(AtRefresh):
-        raise ValueError(
-            f"{name} must be one of {', '.join(get_args(AtRefresh))}, got {value!r}."
-        )
 
 
 def rotations_of(treedef: Any, change: SubspaceChange) -> list[jax.Array | None]:

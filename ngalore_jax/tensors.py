@@ -11,7 +11,11 @@ from typing import Any
 import jax
 import optax
 
-from ngalore_jax.matrices import default_dimension_numbers, without_masks
+from ngalore_jax.matrices import (
+    default_dimension_numbers,
+    leaves_with,
+    without_masks,
+)
 
 WeightModeAxes = optax.Params | Callable[[optax.Params], optax.Params]
 
@@ -96,18 +100,10 @@ def tensor_views(
     specs = weight_mode_axes
     if callable(specs):
         specs = specs(without_masks(tree))
-    views = []
-
-    # optax.masked leaves MaskedNode where another transform owns the leaf.
-    def collect(leaf: Any, axes: Any) -> None:
-        if isinstance(leaf, optax.MaskedNode):
-            return
-        views.append(None if axes is None else _tensor_view(leaf.shape, axes, rank))
-
-    jax.tree.map(
-        collect, tree, specs, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-    )
-    return views
+    return [
+        None if axes is None else _tensor_view(leaf.shape, axes, rank)
+        for leaf, axes in leaves_with(tree, specs)
+    ]
 
 
 def _tensor_view(shape: tuple[int, ...], axes: Any, rank: int) -> TensorView:

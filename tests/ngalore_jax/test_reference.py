@@ -197,7 +197,7 @@ def test_memory_is_what_the_docstring_says():
     [
         (dict(rank=0), ValueError, "rank must be at least 1, got 0"),
         (dict(rank=2.0), TypeError, "rank must be an int"),
-        (dict(update_proj_gap=0), ValueError, "update_proj_gap must be at least 1"),
+        (dict(update_proj_gap=0), ValueError, "update_proj_gap must be a whole number"),
         (dict(eps=-1.0), ValueError, "eps must be at least 0"),
         (dict(weight_decay=-0.1), ValueError, "weight_decay must be at least 0"),
         (dict(damping=0.0), ValueError, "damping must be positive"),
