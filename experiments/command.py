@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 from rich.console import Console
 
 from experiments.configs.run import TrainingConfig
+from experiments.errors import may_pass
 from experiments.training import distributed
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Outcome
@@ -21,6 +23,7 @@ from experiments.training.run import Job, Layout, run
 from experiments.training.state import TrainState
 
 INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+PASSING = 75  # sysexits.h's "temporary failure"; the launch recipes start again
 
 
 def explain_memory(error: jax.errors.JaxRuntimeError, remedy: str) -> int:
@@ -65,7 +68,11 @@ class Command:
         return f"{uv}python -m {self.module}"
 
     def main(self, args: Sequence[str] | None = None) -> int:
-        """Runs the command and returns its exit code."""
+        """Runs the command and returns its exit code.
+
+        1: an error that a second start would meet again. 2: arguments that are wrong.
+        75: an error that may pass (:func:`experiments.errors.may_pass`).
+        """
         args = list(sys.argv[1:] if args is None else args)
         try:
             config = self.parse(args)
@@ -77,8 +84,11 @@ class Command:
             self._tell(outcome, config, folder, console, args)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            return PASSING if may_pass(error) else 1
         except jax.errors.JaxRuntimeError as error:
+            if may_pass(error):
+                traceback.print_exc()
+                return PASSING
             return explain_memory(
                 error,
                 "more --microbatches, --model.remat layer, --model.dtype bfloat16 or a "

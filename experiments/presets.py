@@ -29,6 +29,8 @@ _RANK_AND_STEPS: dict[str, tuple[int, int]] = {
     "llama_3b": (640, 120_000),
     "llama_7b": (1024, 150_000),
 }
+# Of GaLore's published run of 7B, which differs from its smaller ones.
+_GALORE_7B = {"learning_rate": 5e-3, "update_proj_gap": 500, "clip_norm": 1.0}
 
 
 def demo(optimizer: OptimizerName = "natural_galore") -> PretrainConfig:
@@ -79,6 +81,8 @@ def _optimization(
     name: PresetName, optimizer: OptimizerName, **settings: Any
 ) -> OptimizerConfig:
     """GaLore's rank, or what serves Natural GaLore and takes no more memory."""
+    if (name, optimizer) == ("llama_7b", "galore"):
+        settings |= _GALORE_7B
     config = OptimizerConfig(
         optimizer=optimizer, rank=_RANK_AND_STEPS[name][0], **settings
     )

@@ -35,9 +35,10 @@ from experiments.bench import (
 )
 from experiments.bench.config import Bench, parse_args
 from experiments.bench.limits import Rates, measure_rates
-from experiments.bench.records import Row, Task, reason
+from experiments.bench.records import Row, Task
 from experiments.bench.results import Results
 from experiments.command import INTERRUPTED
+from experiments.training.record import first_line
 
 _FILE = "bench.json"
 
@@ -118,7 +119,7 @@ def work(
                 rows = task.run()
             except Exception as error:  # the other tasks go on
                 preset = bench.config.preset
-                rows = [Row(task.part, preset, task.subject, error=reason(error))]
+                rows = [Row(task.part, preset, task.subject, error=first_line(error))]
             results.seconds[task.name] = time.perf_counter() - started
             results.loads[task.name] = os.getloadavg()[0]
             results.rows.extend(rows)

@@ -13,7 +13,6 @@ import optax
 
 from experiments.assembly import refreshes_of
 from experiments.bench.config import Bench, PeerName
-from experiments.configs.optimizer import OptimizerName
 from experiments.configs.pretrain import PresetName, PretrainConfig
 from experiments.training.optimizer import build_optimizer
 
@@ -53,14 +52,7 @@ class NotInstalledError(ValueError):
     """A peer that is no dependency of this project is not here."""
 
 
-_METHODS: dict[PeerName, OptimizerName] = {
-    "adamw": "adamw",
-    "optax_galore": "optax_galore",
-    "muon": "muon",
-    "galore": "galore",
-    "natural_galore": "natural_galore",
-}
-TRAINABLE = tuple(_METHODS)
+TRAINABLE = ("adamw", "optax_galore", "muon", "galore", "natural_galore")
 """Those that a training run can choose."""
 _REFRESHING = ("galore", "natural_galore", "optax_galore")
 _MODULES = {
@@ -94,11 +86,11 @@ def peer_of(bench: Bench, name: PeerName, preset: PresetName) -> Peer:
     """
     if name == "eleuther_galore":
         return _eleuther_galore(bench, preset)
-    if name not in _METHODS:
+    if name not in TRAINABLE:
         raise ValueError(f"{name} is no optimizer of JAX.")
     rank_of = natural_rank if name == "natural_galore" else galore_rank
     rank = rank_of(bench, preset)
-    return peer_of_run(name, bench.run(preset, _METHODS[name], rank))
+    return peer_of_run(name, bench.run(preset, name, rank))
 
 
 def peer_of_run(name: PeerName, run: PretrainConfig) -> Peer:

@@ -68,12 +68,6 @@ def tasks_by_preset(
     ]
 
 
-def reason(error: Exception) -> str:
-    """Writes an error in one line of at most 300 characters."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
-
-
 def timed_figures(
     name: str, seconds: Sequence[float], ratios: Sequence[float] | None
 ) -> dict[str, float]:

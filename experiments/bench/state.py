@@ -13,9 +13,10 @@ from experiments.assembly import parts_of
 from experiments.bench.config import Bench
 from experiments.bench.optimizers import Peer, peer_of
 from experiments.bench.programs import compile_update
-from experiments.bench.records import Row, Task, reason, tasks_by_preset
+from experiments.bench.records import Row, Task, tasks_by_preset
 from experiments.bench.shapes import matrices
 from experiments.configs.pretrain import PresetName
+from experiments.training.record import first_line
 
 REFERENCE = "galore"
 _COUNT_BYTES = 4
@@ -42,7 +43,7 @@ def measure(bench: Bench, preset: PresetName) -> list[Row]:
                 else:
                     found[name] = _of_model(peer)
             except Exception as error:  # whatever a peer raises is its result
-                rows.append(Row("state", preset, name, layout, error=reason(error)))
+                rows.append(Row("state", preset, name, layout, error=first_line(error)))
         for name, figures in found.items():
             if REFERENCE in found:
                 ratio = figures["state_mb"] / found[REFERENCE]["state_mb"]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from experiments.bench.records import reason
+from experiments.training.record import first_line
 
 Candidate = Callable[[int], None]
 """Does a number of calls, one after the other, and waits for the last one's result."""
@@ -84,7 +84,7 @@ def interleaved(
         try:
             candidates[name](calls)
         except Exception as error:  # whatever a peer raises is its result
-            errors[name] = reason(error)
+            errors[name] = first_line(error)
             del seconds[name]
             return 0.0
         return (clock() - started) / calls

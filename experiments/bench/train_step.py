@@ -11,9 +11,10 @@ import optax
 from experiments.assembly import Parts, parts_of, step_of
 from experiments.bench.config import Bench, PeerName
 from experiments.bench.optimizers import TRAINABLE, Peer, peer_of
-from experiments.bench.records import Row, Task, reason, tasks_by_preset, timed_figures
+from experiments.bench.records import Row, Task, tasks_by_preset, timed_figures
 from experiments.bench.timing import Candidate, Timings, interleaved
 from experiments.configs.pretrain import PresetName, PretrainConfig
+from experiments.training.record import first_line
 from experiments.training.state import create_state
 
 REFERENCE: PeerName = "adamw"
@@ -83,7 +84,7 @@ def measure(bench: Bench, preset: PresetName) -> list[Row]:
             peer = peer_of(bench, name, preset)
             ready[name] = peer, Steps(peer, config.seed)
         except Exception as error:  # whatever a peer raises is its result
-            rows.append(Row("step", preset, name, error=reason(error)))
+            rows.append(Row("step", preset, name, error=first_line(error)))
     repeats = config.repeats if preset == "demo" else config.slow_repeats
     steady = interleaved(_steady(ready), repeats=repeats, seed=config.seed)
     refresh = interleaved(

@@ -15,7 +15,7 @@ from experiments.bench.optimizers import (
     peer_of,
 )
 from experiments.bench.programs import Updates
-from experiments.bench.records import Row, Task, reason, timed_figures
+from experiments.bench.records import Row, Task, timed_figures
 from experiments.bench.shapes import (
     Layout,
     matrices,
@@ -25,6 +25,7 @@ from experiments.bench.shapes import (
 from experiments.bench.timing import Candidate, Timings, interleaved
 from experiments.bench.torch_galore import NOTE, TorchUpdates
 from experiments.models.formats import Dtype
+from experiments.training.record import first_line
 
 REFERENCE: PeerName = "optax_galore"
 _ALONE = "alone"
@@ -72,7 +73,8 @@ class Case:
                 rows += [self._row(part, name, note=str(error)) for part in self.parts]
             except Exception as error:  # whatever a peer raises is its result
                 rows += [
-                    self._row(part, name, error=reason(error)) for part in self.parts
+                    self._row(part, name, error=first_line(error))
+                    for part in self.parts
                 ]
             else:
                 if updates is not None:

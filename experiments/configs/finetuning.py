@@ -15,7 +15,8 @@ class FineTuningRunConfig(RunConfig):
 
     Attributes:
         epochs: Times that all examples are learnt from; an evaluation and a checkpoint
-            end each. What is kept is the model of the best one.
+            end each, and every 500th step is saved besides. What is kept is the model
+            of the best one.
         pad_to_max_length: Whether every batch is as long as an example may be, so that
             one program is compiled and not one a length: for short runs on an
             accelerator, where compiling takes longer than padding.

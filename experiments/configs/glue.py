@@ -29,7 +29,7 @@ class GlueDataConfig:
         train_examples: The first so many training examples. None: all.
         max_length: Tokens that an example is cut to, the longer of two texts first.
         on_bad_input: Whether a malformed row of the training examples stops the run, or
-            is skipped and counted.
+            is skipped and counted. QQP's published train.tsv has some.
     """
 
     task: TaskName = "mrpc"

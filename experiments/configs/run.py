@@ -9,11 +9,6 @@ import tyro
 
 from experiments.configs.optimizer import DEFAULT_LEARNING_RATE, OptimizerConfig
 
-# Sequences a device works on at a time, where nothing is said: of 256 tokens and 32,000
-# logits each, 5.4 GB of temporaries for the 60M Llama (python -m
-# experiments.compile_tpu --model llama_60m --topology v5e:4x4 --model.dtype bfloat16).
-_ROWS_AT_ONCE = 32
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -22,7 +17,10 @@ class RunConfig:
     Attributes:
         batch_size: Sequences a step.
         microbatches: Pieces that a batch is worked off in, to save memory of
-            activations. None: as few as keep a piece at 32 sequences a device.
+            activations; evaluations work on one at a time, too. None: as few as keep
+            a piece at --rows-at-once sequences a device.
+        rows_at_once: Sequences of a piece on a device, at most, where --microbatches
+            is None.
         seed: Seed of the parameters and of the order of the data.
         keep_checkpoints: Number of checkpoints kept, the newest ones. Of those saved
             at a step that was evaluated, the best one is kept besides.
@@ -41,6 +39,10 @@ class RunConfig:
 
     batch_size: int = 512
     microbatches: int | None = None
+    # Of 256 tokens and 32,000 logits each: 5.4 GB of temporaries for the 60M Llama
+    # (python -m experiments.compile_tpu --model llama_60m --topology v5e:4x4
+    # --model.dtype bfloat16).
+    rows_at_once: int = 32
     seed: int = 0
     keep_checkpoints: int = 2
     max_skipped: int = 10
@@ -93,6 +95,7 @@ class TrainingConfig(abc.ABC):
         """Check what can be checked without reading anything."""
         run, rest = self.run, self.optimization
         check_at_least(1, run, "batch_size", "keep_checkpoints", "max_skipped")
+        check_at_least(1, run, "rows_at_once")
         check_at_least(0, run, "seed")
         check_at_least(1, self.mesh, "data", "fsdp", "tensor")
         for name in ("warmup_fraction", "final_fraction"):
@@ -139,8 +142,13 @@ class TrainingConfig(abc.ABC):
         return next(
             pieces
             for pieces in range(1, rows + 1)
-            if rows % pieces == 0 and rows // pieces <= _ROWS_AT_ONCE
+            if rows % pieces == 0 and rows // pieces <= self.run.rows_at_once
         )
+
+    @property
+    def microbatch_size(self) -> int:
+        """Sequences of a piece, of all devices together."""
+        return self.run.batch_size // self.microbatches
 
     @property
     def accumulation_steps(self) -> int | None:
@@ -169,7 +177,8 @@ class TrainingConfig(abc.ABC):
         """Returns the config, defaults resolved, as JSON would give it back."""
         config = _jsonable(dataclasses.asdict(self))
         config["run"]["run_dir"] = str(self.run_dir)
-        for name in ("resume", "auto_resume", "overwrite"):
+        # What is left of `rows_at_once` is the number of microbatches.
+        for name in ("resume", "auto_resume", "overwrite", "rows_at_once"):
             del config["run"][name]
         config["run"]["microbatches"] = self.microbatches
         rates = config["optimization"]

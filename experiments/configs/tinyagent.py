@@ -65,8 +65,8 @@ class TinyAgentDataConfig:
         validation_examples: So many to choose the best epoch by: the last ones of the
             training file, which are not trained on, or made ones, worded as none that
             is trained on.
-        max_length: Tokens of prompt and plan together. Longer examples are left out,
-            counted and named.
+        max_length: Tokens of prompt and plan together, at most as many as the model
+            has positions. Longer examples are left out, counted and named.
         prompt: What a planner of made requests is told.
     """
 

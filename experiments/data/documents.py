@@ -16,11 +16,9 @@ from experiments.data.shards import MEND, Shard, records
 from experiments.data.text_files import BadInputError, OnBadInput, TextError, json_text
 from experiments.data.token_cache import TokenCache
 from experiments.data.tokenizer import Tokenizer
-from experiments.data.tokens import encode_documents, join
+from experiments.data.tokens import encode_sized, join
 
 PIECE = 2048
-# Documents tokenized at once: small, so that no other stream waits for long.
-_ENCODED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -97,15 +95,12 @@ class DocumentReader:
     def read_sized(
         self, shard: Shard, start: int = 0
     ) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield the elements of each document and its UTF-8 bytes, made now.
+        """Return the elements of each document and its UTF-8 bytes, made now.
 
         Raises:
           TextError: As `read` does.
         """
-        texts = self._texts(shard, start)
-        while batch := list(islice(texts, _ENCODED_AT_ONCE)):
-            sizes = (len(text.encode()) for text in batch)
-            yield from zip(encode_documents(batch, self.tokenizer), sizes, strict=True)
+        return encode_sized(self._texts(shard, start), self.tokenizer)
 
     def _texts(self, shard: Shard, start: int) -> Iterator[str]:
         """Yield the text of each record; a bad one raises, or ends the shard."""

@@ -188,6 +188,7 @@ def load(
       folder: In the official layout: of all tasks, or with this one's files in it.
       on_bad_input: Whether a malformed row of a file to train on is an error, or
         skipped. Elsewhere it is an error: scores and predictions are of all rows.
+        Empty lines are no rows.
       report: Takes lines for the user, on what was skipped or has to wait.
 
     Raises:
@@ -246,11 +247,20 @@ def _read_rows(
         )
     where = [header.index(name) for name in task.columns]
     texts, labels, bad = [], [], []
+    gap = False
     for row in rows:
+        if not row:
+            gap = True
+            continue
         try:
             if len(row) != len(header):
                 columns = f"{len(header)} are needed ({', '.join(header)})"
                 raise ValueError(f"{len(row)} columns, {columns}.")
+            if gap and not told and row[0] != str(len(texts)):
+                raise ValueError(
+                    f"behind an empty line the row that is numbered {len(texts)} is "
+                    f"needed, this one begins with {row[0][:40]!r}."
+                )
             if told:
                 labels.append(_label(row[header.index(task.label)], task))
             texts.append(tuple(row[column] for column in where))

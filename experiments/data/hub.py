@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import datasets
 
 from experiments.data.text_files import TextError
+from experiments.data.tokenizer import TOKENIZER_SETTINGS
+from experiments.errors import PassingError
 
 Report = Callable[[str], None]
 
@@ -27,6 +29,7 @@ _WAYS = (
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 # No pickle, and no code.
 _MODEL_FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.index.json"]
+_MODEL_FILES += TOKENIZER_SETTINGS
 # Answers of a server that may be another one a little later.
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -176,6 +179,10 @@ def network_errors() -> tuple[type[Exception], ...]:
     return (OSError, httpx.HTTPError, ImportError)
 
 
+class UnreachableError(TextError, PassingError):
+    """The hub, or the way to it, fails for longer than patience lasts."""
+
+
 class Retries:
     """Waits after a failure, longer each time, until patience ends."""
 
@@ -201,7 +208,8 @@ class Retries:
         """Wait where another try may help.
 
         Raises:
-          TextError: It would not help, or patience has ended.
+          TextError: It would not help.
+          UnreachableError: It might, but patience has ended.
         """
         cause, passing = _explain(error, remote="://" in self._what)
         message = f"{self._what}{where}: {cause}"
@@ -209,7 +217,7 @@ class Retries:
         if not passing:
             raise TextError(f"{message} {_GO_ON}") from error
         if tried + self._wait > self._patience:
-            raise TextError(
+            raise UnreachableError(
                 f"{message} Tried for {tried:.0f} s. {_WAYS} {_GO_ON}"
             ) from error
         self._report(f"{message} Trying again in {self._wait:.0f} s.")

@@ -1,13 +1,21 @@
 """The text of a run, ready for training: in memory, or streamed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.configs.text import TextConfig
 from experiments.data.batches import Batches, Share
-from experiments.data.corpus import Corpus, load_corpus, load_held_out
+from experiments.data.corpus import (
+    Corpus,
+    fingerprint_texts,
+    load_corpus,
+    load_held_out,
+)
 from experiments.data.documents import DocumentReader
 from experiments.data.hub import C4_REVISION, Report, t5_tokenizer
 from experiments.data.pipeline import train_batches, validation_batches
@@ -15,9 +23,10 @@ from experiments.data.sequences import Batch
 from experiments.data.shards import Shard, c4_shards, fingerprint, local_shards
 from experiments.data.stream_batches import Source, StreamBatches
 from experiments.data.streams import Streams
+from experiments.data.text_files import find_files
 from experiments.data.token_cache import TokenCache
 from experiments.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from experiments.data.tokens import Tokens, join, tokenize
+from experiments.data.tokens import Tokens, encode_sized, join, tokenize
 
 # Seconds to go on trying to reach the hub. A user waits for the start of a run; where
 # there are many processes, the hub may put them off, and one that gives up ends all.
@@ -119,10 +128,13 @@ class _Request:
         if choice is None:
             return None
         if choice == "t5-base":
-            alone = self.share.count == 1
-            patience = _PATIENCE if alone else _PATIENCE_OF_MANY
-            choice = t5_tokenizer(self.report, patience)
+            choice = t5_tokenizer(self.report, self.patience)
         return self.checked(load_tokenizer(choice))
+
+    @property
+    def patience(self) -> float:
+        """Return the seconds to go on trying to reach the hub."""
+        return _PATIENCE if self.share.count == 1 else _PATIENCE_OF_MANY
 
 
 @dataclass(frozen=True)
@@ -224,7 +236,12 @@ def _load_streamed(request: _Request, tokenizer_file: Path) -> _Loaded:
         "streams": settings.streams,
         "fingerprint": fingerprint(shards),
     }
-    return _Loaded(batches, _held_out(request, tokenizer), tokenizer, summary)
+    if not settings.validation_data:
+        validation = _c4_validation(request, tokenizer)
+    else:
+        validation, digest = _given_validation(request, tokenizer)
+        summary["fingerprint"] += f" {digest}"
+    return _Loaded(batches, validation, tokenizer, summary)
 
 
 def _find_shards(settings: TextConfig) -> tuple[list[Shard], str]:
@@ -237,6 +254,15 @@ def _find_shards(settings: TextConfig) -> tuple[list[Shard], str]:
         raise ValueError(
             "Streamed files need text of their own to evaluate on: give "
             "--validation-data, globs of text."
+        )
+    train, held_out = (
+        {path.resolve() for path in find_files(globs)}
+        for globs in (settings.data, settings.validation_data)
+    )
+    if shared := train & held_out:
+        raise ValueError(
+            f"--data and --validation-data both take {min(shared)}: a run would be "
+            "evaluated on text that it trains on. Give globs that do not overlap."
         )
     return local_shards(settings.data), ", ".join(settings.data)
 
@@ -255,29 +281,37 @@ def _check_streams(streams: int, shards: int, batch_size: int) -> None:
         )
 
 
-def _held_out(request: _Request, tokenizer: Tokenizer) -> Tokens:
-    """Return the validation text of a streamed run as tokens."""
-    settings = request.settings
-    if settings.validation_data:
-        texts, skipped = load_held_out(
-            settings.validation_data, on_bad_input=settings.on_bad_input
-        )
-        _report_skipped(skipped, request.report)
-        return tokenize(texts, tokenizer)
-    reader = DocumentReader(
-        tokenizer, None, settings.on_bad_input, request.report, _PATIENCE
+def _given_validation(request: _Request, tokenizer: Tokenizer) -> tuple[Tokens, str]:
+    """Return as much of the given validation text as is used, and a hash of all."""
+    texts, skipped = load_held_out(
+        request.settings.validation_data, on_bad_input=request.settings.on_bad_input
     )
-    longest = settings.sequence_length
-    documents, sizes, targets = [], [], 0
-    for shard in c4_shards("validation"):
-        for elements, size in reader.read_sized(shard):
-            documents.append(elements)
-            sizes.append(size)
-            # Enough for any treatment: a cut document has this many targets.
-            targets += min(len(elements) - 1, longest)
-            if targets >= settings.validation_tokens:
-                return join(documents, sizes, tokenizer)
-    return join(documents, sizes, tokenizer)
+    _report_skipped(skipped, request.report)
+    tokens = _as_much_as_is_used(encode_sized(texts, tokenizer), request, tokenizer)
+    return tokens, fingerprint_texts(texts)
+
+
+def _c4_validation(request: _Request, tokenizer: Tokenizer) -> Tokens:
+    """Return as much of C4's validation text as is used."""
+    bad_input, report = request.settings.on_bad_input, request.report
+    reader = DocumentReader(tokenizer, None, bad_input, report, request.patience)
+    documents = chain.from_iterable(map(reader.read_sized, c4_shards("validation")))
+    return _as_much_as_is_used(documents, request, tokenizer)
+
+
+def _as_much_as_is_used(
+    documents: Iterable[tuple[np.ndarray, int]], request: _Request, tokenizer: Tokenizer
+) -> Tokens:
+    """Return the first documents, as many as the validation batches take."""
+    longest, taken, sizes, targets = request.settings.sequence_length, [], [], 0
+    for elements, size in documents:
+        taken.append(elements)
+        sizes.append(size)
+        # Enough for any treatment: a cut document has this many targets.
+        targets += min(len(elements) - 1, longest)
+        if targets >= request.settings.validation_tokens:
+            break
+    return join(taken, sizes, tokenizer)
 
 
 def _report_skipped(skipped: Mapping[str, int], report: Report) -> None:

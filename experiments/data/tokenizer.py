@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -19,6 +21,9 @@ EOS = "<|endoftext|>"
 
 MIN_VOCAB_SIZE = 257
 """The 256 bytes and the end-of-document token."""
+
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+"""What transformers reads beside a model's tokenizer.json, where it is there."""
 
 _KNOWN_EOS = (EOS, "</s>", "<|end_of_text|>", "<eos>")
 # Part of the cache's key: raise it when training changes.
@@ -136,6 +141,33 @@ def load_model_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def copy_tokenizer_settings(source: Path, target: Path) -> None:
+    """Copy those of `TOKENIZER_SETTINGS` that are in a model's folder to another."""
+    for name in TOKENIZER_SETTINGS:
+        if (source / name).exists():
+            shutil.copy(source / name, target)
+
+
+def check_tokens(tokens: Iterable[np.ndarray], vocab_size: int, model: str) -> None:
+    """Refuse tokens that a model does not know, of which it would make NaN.
+
+    Args:
+      tokens: Numbers of the tokens of each example.
+      vocab_size: Tokens of the model.
+      model: Its name or folder, for the message.
+
+    Raises:
+      TextError: One of them is not below `vocab_size`.
+    """
+    largest = max((int(one.max()) for one in tokens if one.size), default=0)
+    if largest >= vocab_size:
+        raise TextError(
+            f"{model}: its tokenizer (tokenizer.json) makes token {largest}, the model "
+            f"(vocab_size in config.json) has {vocab_size} tokens, numbered from 0: "
+            "give a model with the tokenizer that it was trained with."
+        )
 
 
 class _HuggingFaceTokenizer:

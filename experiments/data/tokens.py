@@ -1,7 +1,8 @@
 """Documents as one array of tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from experiments.data.tokenizer import Tokenizer
 
 # Bounds the memory that lists of Python integers take while tokenizing.
 _DOCUMENTS_AT_ONCE = 256
+# Where they are made as they are needed: small, so that no other stream waits for long.
+_FEW_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,6 @@ class Tokens:
         """(documents,) float64, bytes that an element of each document stands for."""
         return self.document_bytes / self.document_lengths
 
-    @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of all documents."""
-        return int(self.document_bytes.sum())
-
     def document(self, index: int) -> np.ndarray:
         """Return the elements of one document, its ``eos`` last."""
         start = self.document_ends[index - 1] if index else 0
@@ -70,6 +68,16 @@ def encode_documents(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndar
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     eos = tokenizer.eos_id
     return [np.array([*ids, eos], dtype) for ids in tokenizer.encode_batch(texts)]
+
+
+def encode_sized(
+    texts: Iterable[str], tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield the elements of each text and its UTF-8 bytes, made as they are needed."""
+    texts = iter(texts)
+    while batch := list(islice(texts, _FEW_AT_ONCE)):
+        sizes = (len(text.encode()) for text in batch)
+        yield from zip(encode_documents(batch, tokenizer), sizes, strict=True)
 
 
 def join(

@@ -21,12 +21,17 @@ from experiments.data.example_batches import (
     encode,
     evaluation_batches,
 )
-from experiments.data.glue import Split, Task
+from experiments.data.glue import Split, Task, TaskName
 from experiments.data.hub import model_folder
-from experiments.data.tokenizer import load_model_tokenizer
+from experiments.data.tokenizer import (
+    check_tokens,
+    copy_tokenizer_settings,
+    load_model_tokenizer,
+)
 from experiments.models import huggingface, lora
 from experiments.models.encoder import functional_encoder
 from experiments.models.encoder_checkpoint import (
+    Labels,
     load_encoder,
     read_encoder_config,
     save_encoder,
@@ -57,6 +62,7 @@ def prepare(
 ) -> Job:
     """Reads encoder and examples, and makes what is trained on them."""
     task, report = glue.TASKS[config.data.task], reporter(console)
+    labels = labels_of(config.data.task)
     with console.status("Reading encoder and examples", spinner="line"):
         source = model_folder(config.model.name, report)
         shape = encoder_config(
@@ -69,9 +75,10 @@ def prepare(
     batches = TrainingExamples(
         texts.train, config.run.batch_size, config.run.seed, layout.share
     )
-    an_epoch = batches.steps_an_epoch
-    steps = config.run.epochs * an_epoch
-    predict = make_predict(apply, layout, config.run.batch_size)
+    plan = Plan.of_epochs(
+        config.run.epochs, batches.steps_an_epoch, config.run.max_skipped
+    )
+    predict = make_predict(apply, layout, config.microbatch_size)
 
     def evaluate(params: optax.Params) -> Row:
         outputs = {
@@ -81,7 +88,7 @@ def prepare(
         return judge(task, outputs, texts.validation)
 
     def finish(params: optax.Params) -> None:
-        save_model(params, config, shape, source, folder, layout)
+        save_model(params, config, shape, labels, source, folder)
         for split, encoded in texts.test.items():
             outputs = predict(params, encoded)
             if distributed.is_first():
@@ -90,9 +97,9 @@ def prepare(
 
     return Job(
         parts=make_parts(
-            config, steps, init_params, example_loss(apply, task), unit="examples"
+            config, plan.steps, init_params, example_loss(apply, task), unit="examples"
         ),
-        plan=Plan(steps, an_epoch, an_epoch, config.run.max_skipped),
+        plan=plan,
         batches=batches,
         evaluate=evaluate,
         rank=lambda row: -row[f"validation_{task.metrics[0]}"],
@@ -101,9 +108,15 @@ def prepare(
         throughput=lambda examples, seconds: {
             "examples_per_second": examples / seconds
         },
-        pretrained=lambda params: load_encoder(source, shape, params),
+        pretrained=lambda params: load_encoder(source, shape, params, labels, report),
         finish=finish,
     )
+
+
+def labels_of(name: TaskName) -> Labels:
+    """Returns what the outputs of a task's head stand for."""
+    # A score has the name that transformers gives to it.
+    return Labels(name, glue.TASKS[name].classes or ("LABEL_0",))
 
 
 def encoder_config(
@@ -161,13 +174,15 @@ def read_texts(
         )
         if split == task.train:
             examples = examples.first(data.train_examples)
-        return encode(
+        encoded = encode(
             tokenizer,
             examples,
             max_length=data.max_length,
             token_types=shape.token_types,
             pad_to_max_length=config.run.pad_to_max_length,
         )
+        check_tokens(encoded.tokens, shape.vocab_size, str(folder))
+        return encoded
 
     train = read(task.train)
     validation = {split: read(split) for split in task.validation}
@@ -233,15 +248,17 @@ def save_model(
     params: optax.Params,
     config: TrainingConfig,
     shape: EncoderConfig,
+    labels: Labels,
     source: Path,
     folder: RunFolder,
-    layout: Layout,
 ) -> None:
     """Writes a fine-tuned encoder, without adapter, with its source's tokenizer."""
-    merged = lora.without_adapter(params, config.optimization.adapter, layout.whole)
+    adapter = config.optimization.adapter
+    merged = lora.without_adapter(params, adapter, distributed.fetch)
     if distributed.is_first():
-        save_encoder(folder.model, shape, merged)
+        save_encoder(folder.model, shape, merged, labels)
         shutil.copy(source / "tokenizer.json", folder.model)
+        copy_tokenizer_settings(source, folder.model)
 
 
 def judge(

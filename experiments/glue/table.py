@@ -283,7 +283,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     config = tyro.cli(TableFolder, args=args, prog=PROGRAM)
     try:
-        records = Records.read(config.folder / "study.json", {"glue"})
+        records = Records.read(config.folder / "study.json", ("glue",))
         show(records, Console(highlight=False))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -54,7 +54,8 @@ class TableConfig:
         extensions: Factors tried beyond, at most, where the best is at the edge.
         seeds: The first one is tuned on; the median is over all of them.
         workers: Runs at a time, one CPU core each; where there is a GPU, two, which
-            share its memory. A TPU is one process's: 1.
+            share its memory. Of several GPUs each run gets one, that with the fewest
+            runs, unless --mesh spreads runs over them. A TPU is one process's: 1.
         study_dir: Folder of the table. None: runs/glue-PRESET.
     """
 

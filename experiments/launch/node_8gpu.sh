@@ -4,8 +4,9 @@
 #   bash experiments/launch/node_8gpu.sh
 #
 # Run it from the repository. Started again, it goes on where it stopped. Ctrl-C and
-# SIGTERM save first. What kills the process (a driver error, memory, SIGKILL) is started
-# again here; what is wrong with the run (exit code 1 or 2) is not.
+# SIGTERM save first. What kills the process (memory, SIGKILL) or may pass (a driver
+# error, the network: exit code 75) is started again here; what is wrong with the run (1
+# or 2) is not.
 set -uo pipefail
 
 # JAX takes 75 % of each GPU's memory otherwise.
@@ -32,7 +33,7 @@ ended() {
 
 while true; do
   uv run --with 'jax[cuda12]' python -m experiments.pretrain \
-    --preset llama_350m --data c4 \
+    --preset llama_350m --data c4 --workers 8 \
     --mesh.fsdp 8 --model.dtype bfloat16 \
     --token-cache "$HOME/.cache/ngalore-tokens" \
     --run-dir runs/llama_350m --auto-resume &

@@ -11,8 +11,11 @@
 # survive the machines. A spot slice that is preempted is shut down: SIGTERM and about
 # half a minute, in which the run saves if it can; if not, the newest checkpoint is good.
 # The run does not hang on this script's connection: it may be stopped and started again.
+# All slices of a run have the code of COMMIT and, by a lock file in the bucket, the same
+# packages.
 set -euo pipefail
 : "${PROJECT:?}" "${ZONE:?}" "${BUCKET:?}" "${REPOSITORY:?}"
+COMMIT="${COMMIT:-$(git rev-parse HEAD)}" # that REPOSITORY has, too
 NAME="${NAME:-llama-7b}"
 RUN="gs://$BUCKET/llama_7b"
 
@@ -24,17 +27,24 @@ give_back() { gtpu queued-resources delete "$NAME" --force --quiet; }
 # from the bucket, and goes there every five minutes and at the end, with the exit code.
 on_host="
 set -u
+# A shutdown sends SIGTERM to the run as well, whose end is waited for.
+trap : TERM
 export PATH=\$HOME/.local/bin:\$PATH
 export JAX_COMPILATION_CACHE_DIR=$RUN/jax-cache
 command -v uv || pip install --user uv
 test -d ngalore-jax || git clone $REPOSITORY ngalore-jax
 cd ngalore-jax
+git checkout --quiet $COMMIT || exit 1
+gcloud storage cp $RUN/uv.lock uv.lock || {
+  uv lock && gcloud storage cp --no-clobber uv.lock $RUN/uv.lock
+  gcloud storage cp $RUN/uv.lock uv.lock
+}
 worker=\$(curl -s -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)
 keep() { gcloud storage rsync -r runs/llama_7b $RUN/run; }
 if [ \"\$worker\" = 0 ]; then
   mkdir -p runs/llama_7b
   if gcloud storage ls $RUN/run >/dev/null 2>&1; then
-    gcloud storage rsync -r $RUN/run runs/llama_7b || exit 1
+    until gcloud storage rsync -r $RUN/run runs/llama_7b; do sleep 30; done
   fi
   while sleep 300; do keep; done > /tmp/keep.log 2>&1 &
   keeper=\$!

@@ -1,6 +1,9 @@
 """An encoder in and out of a folder, under BERT's and RoBERTa's names."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import optax
 
@@ -27,6 +30,8 @@ _EMBEDDINGS = {
     "embed_positions": "embeddings.position_embeddings",
     "embed_types": "embeddings.token_type_embeddings",
 }
+# What the names of tensors begin with that are of one task alone.
+_OF_TASK = "classifier"
 # Outside of the encoder itself, and absent from a checkpoint that is pretrained alone.
 _HEAD: dict[Family, dict[str, str]] = {
     "bert": {"head/dense": "{prefix}pooler.dense", "head/out_proj": "classifier"},
@@ -35,6 +40,32 @@ _HEAD: dict[Family, dict[str, str]] = {
         "head/out_proj": "classifier.out_proj",
     },
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What the outputs of a head stand for.
+
+    Attributes:
+      task: Name of what was learnt.
+      names: Of the outputs, in their order.
+    """
+
+    task: str
+    names: tuple[str, ...]
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """Returns what a config.json says of them."""
+        return {
+            "finetuning_task": self.task,
+            "id2label": {str(i): name for i, name in enumerate(self.names)},
+            "label2id": {name: i for i, name in enumerate(self.names)},
+        }
+
+    def are_told_by(self, facts: Mapping[str, Any]) -> bool:
+        """Whether a config.json tells this task, and these outputs in this order."""
+        told = self.to_hugging_face()
+        return all(facts.get(k) == told[k] for k in ("finetuning_task", "id2label"))
 
 
 def table(family: Family, prefix: str, *, old_norms: bool = False) -> Table:
@@ -79,34 +110,50 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
 
 
 def load_encoder(
-    folder: Path, config: EncoderConfig, params: optax.Params
+    folder: Path,
+    config: EncoderConfig,
+    params: optax.Params,
+    labels: Labels | None = None,
+    report: Callable[[str], None] = print,
 ) -> optax.Params:
     """Returns `params` with the values of a checkpoint; as of `huggingface.load`.
 
-    The head keeps what it has of `params` where the checkpoint has none.
+    The head keeps what it has of `params` where the checkpoint has none, or one of
+    another task; BERT's pooler, which is pretrained, is loaded in any case.
+
+    Args:
+      folder: With config.json and weights.
+      config: What is in it, as of `read_encoder_config`.
+      params: As of `huggingface.load`.
+      labels: What the head is to tell. None: what the checkpoint's does.
+      report: Takes a line for the user where the checkpoint's head is left out.
     """
     names = huggingface.tensor_names(folder)
     prefix = f"{config.family}."
     if not any(name.startswith(prefix) for name in names):
         prefix = ""
     old_norms = f"{prefix}embeddings.LayerNorm.gamma" in names
-    return huggingface.load(
-        folder, table(config.family, prefix, old_norms=old_norms), params
-    )
+    entries = table(config.family, prefix, old_norms=old_norms)
+    if labels is not None and not labels.are_told_by(huggingface.read_config(folder)):
+        entries = [one for one in entries if not one.tensor.startswith(_OF_TASK)]
+        if any(name.startswith(_OF_TASK) for name in names):
+            report(
+                f"{folder / huggingface.CONFIG} does not say that the model's head is "
+                f"of {labels.task} (finetuning_task, id2label): a new one is trained."
+            )
+    return huggingface.load(folder, entries, params)
 
 
-def save_encoder(folder: Path, config: EncoderConfig, params: optax.Params) -> None:
+def save_encoder(
+    folder: Path, config: EncoderConfig, params: optax.Params, labels: Labels
+) -> None:
     """Writes an encoder as transformers' model for the classification of sequences."""
-    classes = params["head"]["out_proj"]["bias"].size
     name = {"bert": "Bert", "roberta": "Roberta"}[config.family]
     huggingface.save(
         folder,
         table(config.family, f"{config.family}."),
         params,
         config.to_hugging_face()
-        | {
-            "architectures": [f"{name}ForSequenceClassification"],
-            "id2label": {str(i): f"LABEL_{i}" for i in range(classes)},
-            "label2id": {f"LABEL_{i}": i for i in range(classes)},
-        },
+        | labels.to_hugging_face()
+        | {"architectures": [f"{name}ForSequenceClassification"]},
     )

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
+from safetensors.numpy import save_file
 
 from experiments.files import replace_text
 
@@ -142,10 +141,17 @@ def save(
 ) -> None:
     """Writes parameters and config.json into a folder, which is made.
 
+    Args:
+      folder: Where to.
+      table: Where each parameter goes.
+      params: Nested dictionaries of arrays, which all this process has; they stay on
+        the host.
+      config: What config.json says.
+
     Raises:
       OSError: They cannot be written.
     """
-    tensors: dict[str, jax.Array] = {}
+    tensors: dict[str, np.ndarray] = {}
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     for entry in table:
         if entry.path not in flat:
@@ -153,7 +159,8 @@ def save(
         whole = flat[entry.path]
         layers = whole if "{layer}" in entry.tensor else [whole]
         for name, layer in zip(entry.tensors(whole.shape), layers, strict=True):
-            tensors[name] = jnp.asarray(layer.T if entry.transposed else layer)
+            turned = layer.T if entry.transposed else layer
+            tensors[name] = np.ascontiguousarray(turned)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{WEIGHTS}.tmp"
     try:

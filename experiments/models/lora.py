@@ -15,6 +15,7 @@ References:
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -212,14 +213,27 @@ def merge(params: Any, scale: float) -> Any:
 
 
 def without_adapter(
-    params: Any, adapter: Adapter | None, sharding: jax.sharding.Sharding | None
+    params: Any, adapter: Adapter | None, fetch: Callable[[jax.Array], Any]
 ) -> Any:
-    """Return parameters with the factors folded in, compiled, onto a sharding."""
+    """Return parameters with the factors folded in, each as `fetch` hands it on.
 
-    def fold(params: Any) -> Any:
-        return params if adapter is None else merge(params, adapter.scale)
+    A module at a time, compiled: devices hold no second tree of parameters.
+    """
 
-    return jax.jit(fold, out_shardings=sharding)(params)
+    def fold(node: Any) -> Any:
+        if adapter is not None and is_adapted(node):
+            node = _merged(node, adapter.scale)
+        return jax.tree.map(fetch, node)
+
+    return jax.tree.map(fold, params, is_leaf=is_adapted)
+
+
+def _merged(module: Module, scale: float) -> Module:
+    """One module merged, split over a mesh as its kernel is."""
+    factors = ("lora_a", "lora_b")
+    shardings = {k: x.sharding for k, x in module.items() if k not in factors}
+    shardings.setdefault("kernel", None)
+    return jax.jit(lambda module: merge(module, scale), out_shardings=shardings)(module)
 
 
 def _spec(x: jax.Array) -> P:

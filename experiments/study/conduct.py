@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments.cores import visible_gpus
 from experiments.study.arms import Arm, Run
 from experiments.study.harvest import RunError, delete_weights, harvest, log_of
 from experiments.study.processes import Processes
@@ -51,7 +52,8 @@ class Conductor:
 
         Runs that are under way then save, and go on when the study is started again.
         """
-        processes = Processes(self.subject.module)
+        one_each = all(arm.config.devices == 1 for arm in self.arms)
+        processes = Processes(self.subject.module, visible_gpus() if one_each else ())
         jobs: dict[Future[tuple[int, float]], tuple[Arm, Run]] = {}
         with (
             StopSignals() as signals,

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,12 +89,12 @@ class Records:
         self.runs = {record.run: record for record in runs}
 
     @classmethod
-    def read(cls, path: Path, kinds: Container[str] | None = None) -> Self:
+    def read(cls, path: Path, kinds: Sequence[str] = ()) -> Self:
         """Reads a file; one of these kinds, if any are named.
 
         Raises:
             FileNotFoundError: It is not there.
-            ValueError: It is no study's, or another version's.
+            ValueError: It is no study's, another version's, or of another kind.
         """
         if not path.exists():
             raise FileNotFoundError(
@@ -114,8 +114,11 @@ class Records:
                 f"{path} is no study.json of this version ({type(error).__name__}: "
                 f"{error}): mend it, or give the study another --study-dir."
             ) from error
-        if kinds is not None and read.kind not in kinds:
-            raise ValueError(f"{path} is of another kind: {read.kind}.")
+        if kinds and read.kind not in kinds:
+            raise ValueError(
+                f"{path} is of another kind, {read.kind}, not {' or '.join(kinds)}: "
+                "give another folder."
+            )
         return read
 
     def results(self, subject: Subject) -> dict[Run, float]:

@@ -61,9 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         for folder in config.folders:
-            show_report(
-                Records.read(folder / "study.json", {"study", "sensitivity"}), console
-            )
+            show_report(Records.read(folder / "study.json", _KINDS), console)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

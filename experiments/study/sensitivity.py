@@ -55,7 +55,8 @@ class SensitivityConfig:
         learning_rate: Of the matrices. None: the method's own.
         seeds: The median is over all of them.
         workers: Runs at a time, one CPU core each; where there is a GPU, two, which
-            share its memory. A TPU is one process's: 1.
+            share its memory. Of several GPUs each run gets one, that with the fewest
+            runs, unless --mesh spreads runs over them. A TPU is one process's: 1.
         study_dir: Folder of the results. None: runs/sensitivity-PRESET-METHOD.
     """
 

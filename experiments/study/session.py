@@ -107,12 +107,10 @@ class Session:
     def _records(self) -> Records:
         """The folder's records, which are told of this command."""
         path = self.folder / "study.json"
-        records = Records.read(path) if path.exists() else Records(path, self.kind)
-        if records.kind != self.kind:
-            raise ValueError(
-                f"{path} is of another kind, {records.kind}, not {self.kind}: give "
-                "another --study-dir."
-            )
+        if path.exists():
+            records = Records.read(path, (self.kind,))
+        else:
+            records = Records(path, self.kind)
         first, *_ = seeds = self.budget.seeds
         if records.seeds and records.seeds[0] != first:
             raise ValueError(

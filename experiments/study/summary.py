@@ -101,14 +101,12 @@ def _summarize(arm: str, records: Records) -> Summary | None:
     }
     tried = {
         run.learning_rate: loss
-        for run, loss in losses.items()
+        for run, loss in sorted(losses.items(), key=lambda item: item[0].learning_rate)
         if run.seed == records.seeds[0]
     }
     if not tried:
         return None
-    rate = min(tried, key=tried.__getitem__)
+    rate = min(tried, key=tried.__getitem__)  # the lowest of those that tie
     at_best = [run for run in losses if run.learning_rate == rate]
     at_best.sort(key=lambda run: records.seeds.index(run.seed))
-    return Summary(
-        arm, dict(sorted(tried.items())), tuple(records.runs[run] for run in at_best)
-    )
+    return Summary(arm, tried, tuple(records.runs[run] for run in at_best))

@@ -229,6 +229,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> dict[str, Any]:
         Planner.open(config.model, config.mesh, report) as planner,
         Progress(console=console) as progress,
     ):
+        planner.check([question.prompt for question in questions], config.writing)
         prints = {"weights": planner.fingerprint, "prompts": _fingerprint(questions)}
         unfinished = Unfinished(config.unfinished, facts | prints)
         plans = unfinished.start(afresh=config.overwrite)

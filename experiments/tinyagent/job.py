@@ -12,6 +12,7 @@ from experiments.configs.tinyagent import PlannerModelConfig, TinyAgentConfig
 from experiments.data.answers import Answered, encode_answers
 from experiments.data.example_batches import TrainingExamples, evaluation_batches
 from experiments.data.text_files import TextError
+from experiments.data.tokenizer import check_tokens, copy_tokenizer_settings
 from experiments.models import lora
 from experiments.models.formats import Remat
 from experiments.models.functional import functional_llama
@@ -37,28 +38,33 @@ def prepare(
     report = reporter(console)
     with console.status("Reading model and examples", spinner="line"):
         source = open_llama(config.model.name, report)
+        check_length(config.data.max_length, config.model, source)
         shape = llama_config(config.model, config.mesh, source, config.model.remat)
         examples = load_training(config.data, report)
         train, long = tokenize(examples.train, source, config, report)
         validation, more = tokenize(examples.validation, source, config, report)
     init_params, apply = functional_llama(shape, config.optimization.adapter)
-    batch_size = config.run.batch_size
-    batches = TrainingExamples(train, batch_size, config.run.seed, layout.share)
-    an_epoch = batches.steps_an_epoch
-    steps = config.run.epochs * an_epoch
+    batches = TrainingExamples(
+        train, config.run.batch_size, config.run.seed, layout.share
+    )
+    plan = Plan.of_epochs(
+        config.run.epochs, batches.steps_an_epoch, config.run.max_skipped
+    )
     loss_fn = next_token_loss(apply)
     mean_loss = make_evaluate(loss_fn, layout.place)
 
     def evaluate(params: optax.Params) -> Row:
-        found = evaluation_batches(validation, batch_size, layout.share)
+        found = evaluation_batches(validation, config.microbatch_size, layout.share)
         return {"validation_loss": mean_loss(params, (batch for _, batch in found))}
 
     def finish(params: optax.Params) -> None:
         adapter = config.optimization.adapter
-        merged = lora.without_adapter(params, adapter, layout.whole)
+        merged = lora.without_adapter(params, adapter, distributed.fetch)
         if distributed.is_first():
             save_llama(folder.model, shape, merged, source.facts)
             source.tokenizer.save(str(folder.model / "tokenizer.json"))
+            if source.folder is not None:
+                copy_tokenizer_settings(source.folder, folder.model)
             write_settings(folder.model, config.as_dict() | data)
 
     facts = {
@@ -75,8 +81,8 @@ def prepare(
         }
     }
     return Job(
-        parts=make_parts(config, steps, init_params, loss_fn),
-        plan=Plan(steps, an_epoch, an_epoch, config.run.max_skipped),
+        parts=make_parts(config, plan.steps, init_params, loss_fn),
+        plan=plan,
         batches=batches,
         evaluate=evaluate,
         fingerprints=facts,
@@ -112,6 +118,21 @@ def llama_config(
     return shape
 
 
+def check_length(
+    max_length: int, wanted: PlannerModelConfig, source: LlamaSource
+) -> None:
+    """Refuses examples of more tokens than a model has positions.
+
+    Raises:
+        ValueError: They may be.
+    """
+    if source.positions is not None and max_length > source.positions:
+        raise ValueError(
+            f"--max-length {max_length} is more than the {source.positions} positions "
+            f"of {wanted.name}: give at most that."
+        )
+
+
 def tokenize(
     examples: Sequence[Example],
     source: LlamaSource,
@@ -136,6 +157,8 @@ def tokenize(
         raise TextError(
             f"no example has at most {max_length} tokens: give a larger --max-length."
         )
+    tokens = [*found.prompts, *found.answers]
+    check_tokens(tokens, source.config.vocab_size, config.model.name)
     too_long = {examples[at].name: f"more than {max_length} tokens" for at in long}
     why = f"longer than --max-length {max_length}"
     tell_left_out(too_long, len(examples), why, report)

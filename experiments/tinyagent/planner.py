@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Self
 
 import jax
@@ -61,6 +61,7 @@ class Planner:
         """Take a model and what it is made of."""
         self._generator, self._end = generator, source.end
         self._tokenizer, self.fingerprint = source.tokenizer, source.fingerprint
+        self._positions = source.positions
 
     @classmethod
     @contextlib.contextmanager
@@ -97,15 +98,25 @@ class Planner:
             )
             yield cls(Generator(shape, state.params), source)
 
+    def check(self, prompts: Sequence[str], config: WritingConfig) -> None:
+        """Refuses prompts whose plans may go beyond the model's positions.
+
+        Raises:
+          ValueError: One is too long.
+        """
+        lengths = (len(self._tokenizer.encode(prompt).ids) for prompt in prompts)
+        self._check(lengths, config)
+
     def write(
         self, prompts: Sequence[str], config: WritingConfig, batch_size: int
     ) -> Written:
         """Continues at most `batch_size` prompts; fewer are filled up to as many.
 
         Raises:
-          ValueError: There is no prompt.
+          ValueError: There is no prompt; also what `check` raises.
         """
         asked = [self._tokenizer.encode(prompt).ids for prompt in prompts]
+        self._check(map(len, asked), config)
         found = self._generator(
             asked + asked[:1] * (batch_size - len(asked)),
             config.max_new_tokens,
@@ -116,6 +127,16 @@ class Planner:
         written = found.tokens[: len(asked)]
         speed = None if found.compiled else sum(map(len, written)) / found.seconds
         return Written([self._text(tokens) for tokens in written], speed)
+
+    def _check(self, lengths: Iterable[int], config: WritingConfig) -> None:
+        longest, most = max(lengths, default=0), config.max_new_tokens
+        if self._positions is not None and longest + most > self._positions:
+            raise ValueError(
+                f"a prompt of {longest} tokens and --max-new-tokens {most} are more "
+                f"than the model's {self._positions} positions: give a smaller "
+                "--max-new-tokens, a shorter prompt (--brief, fewer --shown-examples) "
+                "or another model."
+            )
 
     def _end_of(self, tokens: list[int]) -> int | None:
         """How many tokens are written to the plan's marker or the text's end."""

@@ -24,7 +24,7 @@ PROGRAM = "python -m experiments.tinyagent"
 def preset(name: TinyAgentPreset, method: OptimizerName) -> TinyAgentConfig:
     """Returns the settings of a recipe for a method."""
     # Prompts of thousands of tokens: few at a time.
-    run = FineTuningRunConfig(microbatches=8)
+    run = FineTuningRunConfig(rows_at_once=4)
     model = TinyAgentModelConfig(dtype="bfloat16", remat="layer")
     data = TinyAgentDataConfig()
     optimization = OptimizerConfig(

@@ -31,6 +31,7 @@ class LlamaSource:
       facts: What config.json says besides: tokens that begin and end a text, positions.
       load: Returns parameters like the given ones with the model's values.
       fingerprint: SHA-256 of its files, in hex.
+      folder: Where they are; None for a GGUF file.
     """
 
     config: LlamaConfig
@@ -38,6 +39,7 @@ class LlamaSource:
     facts: dict[str, Any]
     load: Callable[[optax.Params], optax.Params]
     fingerprint: str
+    folder: Path | None = None
 
     @property
     def end(self) -> int:
@@ -53,6 +55,25 @@ class LlamaSource:
                 f"the model's eos_token_id is {found!r}: config.json must have one."
             )
         return first
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that a sequence may have, None where config.json does not say.
+
+        Linear scaling stretches them, as transformers has it.
+
+        Raises:
+          CheckpointError: It says no number.
+        """
+        found = self.facts.get("max_position_embeddings")
+        if found is None:
+            return None
+        if not isinstance(found, int) or found < 1:
+            raise CheckpointError(
+                f"the model's max_position_embeddings is {found!r}: config.json must "
+                "have a positive number or none."
+            )
+        return int(found * self.config.rope_factor)
 
 
 def open_llama(name: str, report: Callable[[str], None]) -> LlamaSource:
@@ -87,4 +108,5 @@ def open_llama(name: str, report: Callable[[str], None]) -> LlamaSource:
         {key: facts[key] for key in _FACTS if key in facts},
         lambda params: load_llama(folder, config, params),
         huggingface.fingerprint(folder),
+        folder,
     )

@@ -14,11 +14,11 @@ from experiments.configs.tinyagent import TinyAgentDataConfig, ToolsConfig
 from experiments.data.example_batches import TrainingExamples, encode
 from experiments.data.glue import Examples
 from experiments.data.hub import model_folder
-from experiments.data.tokenizer import load_model_tokenizer
+from experiments.data.tokenizer import check_tokens, load_model_tokenizer
 from experiments.glue.job import Apply, encoder_config, make_predict, save_model
 from experiments.models import huggingface
 from experiments.models.encoder import functional_encoder
-from experiments.models.encoder_checkpoint import load_encoder
+from experiments.models.encoder_checkpoint import Labels, load_encoder
 from experiments.tinyagent.dataset import Example
 from experiments.tinyagent.examples import load_training, tools_of
 from experiments.tinyagent.sandbox import TOOLS
@@ -27,6 +27,8 @@ from experiments.training.loop import Plan
 from experiments.training.microbatches import Batch, LossFn
 from experiments.training.run import Job, Layout, reporter
 from experiments.training.step_log import Row
+
+_LABELS = Labels("tinyagent_tools", TOOLS)
 
 
 def prepare(
@@ -54,15 +56,18 @@ def prepare(
             )
             for some in (examples.train, examples.validation)
         )
+        for encoded in (train, validation):
+            check_tokens(encoded.tokens, shape.vocab_size, str(source))
     init_params, apply = functional_encoder(
         shape, len(TOOLS), config.optimization.adapter
     )
     batches = TrainingExamples(
         train, config.run.batch_size, config.run.seed, layout.share
     )
-    an_epoch = batches.steps_an_epoch
-    steps = config.run.epochs * an_epoch
-    predict = make_predict(apply, layout, config.run.batch_size)
+    plan = Plan.of_epochs(
+        config.run.epochs, batches.steps_an_epoch, config.run.max_skipped
+    )
+    predict = make_predict(apply, layout, config.microbatch_size)
 
     facts = {
         "train": train.fingerprint,
@@ -71,9 +76,9 @@ def prepare(
     }
     return Job(
         parts=make_parts(
-            config, steps, init_params, tools_loss(apply), unit="examples"
+            config, plan.steps, init_params, tools_loss(apply), unit="examples"
         ),
-        plan=Plan(steps, an_epoch, an_epoch, config.run.max_skipped),
+        plan=plan,
         batches=batches,
         evaluate=lambda params: judge(predict(params, validation), validation.labels),
         fingerprints=facts,
@@ -87,8 +92,10 @@ def prepare(
         throughput=lambda examples, seconds: {
             "examples_per_second": examples / seconds
         },
-        pretrained=lambda params: load_encoder(source, shape, params),
-        finish=lambda params: save_model(params, config, shape, source, folder, layout),
+        pretrained=lambda params: load_encoder(source, shape, params, _LABELS, report),
+        finish=lambda params: save_model(
+            params, config, shape, _LABELS, source, folder
+        ),
     )
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# What a process says: the signal it caught (0: none), and 1 if it lacks a batch.
+# What a process says: the signal it caught (0: none), and of its next batch how bad it
+# is (0: it is there).
 Word = tuple[int, int]
 
 

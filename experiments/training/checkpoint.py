@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from experiments.errors import PassingError
 from experiments.training.distributed import gather, is_first
 from experiments.training.fingerprint import fingerprint, structure
 from experiments.training.folder import absolute
@@ -31,6 +32,10 @@ class ResumeError(ValueError):
 
 class SaveError(OSError):
     """A checkpoint could not be written."""
+
+
+class BucketError(SaveError, PassingError):
+    """A checkpoint could not be written to storage behind a network."""
 
 
 class Positioned(Protocol):
@@ -258,10 +263,12 @@ class Checkpointer:
         # Nobody documents what comes of a disk that fails.
         except Exception as error:
             settle()
-            raise SaveError(
+            remote = "://" in str(self.directory)
+            remedy = "look after the bucket" if remote else "make room"
+            raise (BucketError if remote else SaveError)(
                 f"could not save a checkpoint in {self.directory} "
-                f"({first_line(error)}). Those that were complete are still good: make "
-                "room, then go on with --resume."
+                f"({first_line(error)}). Those that were complete are still good: "
+                f"{remedy}, then go on with --resume."
             ) from error
 
     def _read(

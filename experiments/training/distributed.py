@@ -12,13 +12,18 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from experiments.data.batches import Share
+from experiments.errors import PassingError, may_pass
 
 
 class OtherProcessError(ValueError):
     """Another process could not go on."""
+
+
+class OtherProcessPassingError(OtherProcessError, PassingError):
+    """Another process could not go on, because of what may pass."""
 
 
 def join() -> None:
@@ -65,6 +70,20 @@ def gather(value: Any) -> list[Any]:
     ]
 
 
+def fetch(x: jax.Array) -> np.ndarray | None:
+    """Returns an array on the host of the first process, None elsewhere.
+
+    All processes call it. It is put together on the host where one process has all of
+    it; of several all devices hold it as a whole until the call returns.
+    """
+    if not x.is_fully_addressable:
+        assert isinstance(x.sharding, NamedSharding)
+        whole = NamedSharding(x.sharding.mesh, PartitionSpec())
+        # Waited for, or where it is not read the next one's would be there already.
+        x = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=whole)(x))
+    return np.asarray(x) if is_first() else None
+
+
 @contextmanager
 def agreed() -> Iterator[None]:
     """Lets an error that one process meets in the block end all of them.
@@ -72,7 +91,8 @@ def agreed() -> Iterator[None]:
     Without it the others would wait for that process until the cluster times out.
 
     Raises:
-        OtherProcessError: Here all went well, elsewhere it did not.
+        OtherProcessError: Here all went well, elsewhere it did not; one that may pass
+            if all that failed may.
     """
     error = None
     try:
@@ -80,13 +100,14 @@ def agreed() -> Iterator[None]:
     # Whatever it is: the others wait.
     except Exception as caught:
         error = caught
-    messages = gather(None if error is None else str(error))
+    words = gather(None if error is None else (str(error), may_pass(error)))
     if error is not None:
         raise error
-    failed = {i: message for i, message in enumerate(messages) if message is not None}
+    failed = {i: word for i, word in enumerate(words) if word is not None}
     if failed:
-        raise OtherProcessError(
-            "; ".join(f"process {i}: {message}" for i, message in failed.items())
+        passing = all(passing for _, passing in failed.values())
+        raise (OtherProcessPassingError if passing else OtherProcessError)(
+            "; ".join(f"process {i}: {message}" for i, (message, _) in failed.items())
         )
 
 

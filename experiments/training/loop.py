@@ -7,17 +7,26 @@ that evaluates are all it needs.
 import dataclasses
 import signal
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import optax
 
+from experiments.errors import may_pass
 from experiments.training.agreement import exchange
 from experiments.training.checkpoint import Checkpointer
-from experiments.training.distributed import OtherProcessError
+from experiments.training.distributed import (
+    OtherProcessError,
+    OtherProcessPassingError,
+)
 from experiments.training.read_ahead import ReadAhead, Source
 from experiments.training.signals import StopSignals
 from experiments.training.state import TrainState
 from experiments.training.step import Batch, StepFn
 from experiments.training.step_log import Progress, Row, StepLog, Writer
+
+# What a process says of its next batch; the largest is heard.
+_IS_THERE, _MAY_PASS, _FAILS = 0, 1, 2
+_SAVE_EVERY = 500  # steps of a long epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +37,16 @@ class Plan:
     eval_every: int
     checkpoint_every: int
     max_skipped: int = 10  # in a row, before the loop gives up
+    save_evaluated: bool = False  # besides, so that any evaluated state can be the best
+
+    @classmethod
+    def of_epochs(cls, epochs: int, an_epoch: int, max_skipped: int) -> Self:
+        """Returns one that evaluates and saves after each epoch.
+
+        Where epochs are of more than 500 steps, every 500th step is saved as well.
+        """
+        every = min(an_epoch, _SAVE_EVERY)
+        return cls(epochs * an_epoch, an_epoch, every, max_skipped, save_evaluated=True)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows this update."""
@@ -35,7 +54,8 @@ class Plan:
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint follows this update."""
-        return step % self.checkpoint_every == 0 or step == self.steps
+        due = step % self.checkpoint_every == 0 or step == self.steps
+        return due or (self.save_evaluated and self.evaluates_after(step))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +125,8 @@ def train(
             step on.
         SaveError: A checkpoint could not be written.
         OtherProcessError: Another process has no next batch. What is done is saved, as
-            it is when a batch cannot be read here, whose error is raised on.
+            it is when a batch cannot be read here, whose error is raised on. One that
+            may pass, if all that failed may.
     """
     log = StepLog(
         metrics,
@@ -121,7 +142,10 @@ def train(
         ahead = ReadAhead(batches)
 
         def word() -> tuple[int, int]:
-            return int(signals.caught or 0), int(ahead.error is not None)
+            if ahead.error is None:
+                return int(signals.caught or 0), _IS_THERE
+            failure = _MAY_PASS if may_pass(ahead.error) else _FAILS
+            return int(signals.caught or 0), failure
 
         heard = exchange(word)
         while step < plan.steps and log.error is None:
@@ -143,15 +167,18 @@ def train(
             if plan.saves_after(step):
                 # Known to be finite, and written, before the state is saved.
                 log.flush()
+                metrics.sync()
                 checkpointer.save(step, state, ahead.position, ranked)
         log.flush()
+        metrics.sync()
         # Does nothing where the loop has saved already.
         checkpointer.save(step, state, ahead.position, ranked)
         checkpointer.wait()
     if log.error is not None:
         raise log.error
     if failed and not number:
-        raise ahead.error or OtherProcessError(
+        other = OtherProcessPassingError if failed == _MAY_PASS else OtherProcessError
+        raise ahead.error or other(
             f"another process cannot read its next batch; step {step} is saved."
         )
     return Outcome(state, plan.steps, signal.Signals(number) if number else None)

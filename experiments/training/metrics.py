@@ -7,6 +7,7 @@ one that fails is reported and dropped, and the run goes on.
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,13 +37,12 @@ class Mirror(Protocol):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a metrics file.
+    """Reads the rows of a metrics file, but for a last one that a crash cut short.
 
     Raises:
         ValueError: A line is no JSON object; the message names it.
     """
-    lines = path.read_text("utf-8").splitlines()
-    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+    return [row for _, row in _complete(path)]
 
 
 class MetricsWriter:
@@ -64,13 +64,15 @@ class MetricsWriter:
         """Opens `path`, dropping the rows after step `keep_until`.
 
         Those are steps that will be done again: they came after the checkpoint that
-        the run goes on from. A last line cut short by a crash goes with them.
+        the run goes on from. A last line cut short by a crash goes with them. Rows of
+        steps before that are not there, because a machine was lost before they were on
+        its disk or in its bucket, are told of.
 
         Args:
             path: The metrics file; made if there is none.
             keep_until: Last step whose row stays.
             mirrors: Where each row goes as well.
-            report: Tells the user that a mirror failed.
+            report: Tells the user that a mirror failed, or that rows are missing.
 
         Raises:
             OSError: The file cannot be written; the message says what to do.
@@ -80,11 +82,16 @@ class MetricsWriter:
         self._mirrors = list(mirrors)
         self._report = report
         try:
-            _drop_after(path, keep_until)
+            kept = _drop_after(path, keep_until)
             # Unbuffered: after a failure nothing is left that `close` would try again.
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise self._explained(error) from error
+        if kept < keep_until:
+            report(
+                f"{path} has the rows of {kept:,} of the {keep_until:,} steps before: "
+                "sums over a run, as of time, are of these."
+            )
 
     def write(self, row: Row) -> None:
         """Appends one row.
@@ -106,6 +113,17 @@ class MetricsWriter:
             if isinstance(value, int | float) and name != "step"
         }
         self._each_mirror(lambda mirror: mirror.write(row["step"], scalars))
+
+    def sync(self) -> None:
+        """Returns when all rows are on disk, where they outlive the machine's power.
+
+        Raises:
+            OSError: They cannot be brought there.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._explained(error) from error
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -148,6 +166,9 @@ class NullMetrics:
     def write(self, row: Row) -> None:
         """Does nothing."""
 
+    def sync(self) -> None:
+        """Does nothing."""
+
     def __enter__(self) -> Self:
         """Return the writer."""
         return self
@@ -163,19 +184,26 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
         raise ValueError(f"{path}:{number} is no JSON: {error}.") from error
 
 
-def _drop_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
+def _complete(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines that were written to their end, and their rows."""
     lines = path.read_text("utf-8").splitlines(keepends=True)
-    kept = [
-        line
+    return [
+        (line, _parse(path, number, line))
         for number, line in enumerate(lines, start=1)
-        if line.endswith("\n") and _parse(path, number, line)["step"] <= step
+        if line.endswith("\n")
     ]
-    if len(kept) == len(lines):
-        return
-    # Replaced in one go: a crash here must not lose the rows that stay.
-    replace_text(path, "".join(kept))
+
+
+def _drop_after(path: Path, step: int) -> int:
+    """Drops the rows after a step and returns how many there are up to it."""
+    if not path.exists():
+        return 0
+    kept = [line for line, row in _complete(path) if row["step"] <= step]
+    text = "".join(kept)
+    if len(text.encode()) < path.stat().st_size:
+        # Replaced in one go: a crash here must not lose the rows that stay.
+        replace_text(path, text)
+    return len(kept)
 
 
 def _null_unless_finite(value: Any) -> Any:

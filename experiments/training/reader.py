@@ -8,6 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from experiments.errors import PassingError
 from experiments.training.distributed import gather
 from experiments.training.quiet import quiet_reads
 from experiments.training.record import first_line, unseal
@@ -38,6 +39,10 @@ _WAIT = 2.0  # seconds before the second try
 
 class DamagedError(Exception):
     """A checkpoint cannot be read, or is not what was saved."""
+
+
+class StorageError(OSError, PassingError):
+    """A checkpoint could not be read, for a reason that says nothing about it."""
 
 
 class Reader:
@@ -96,7 +101,7 @@ def _agreed(read: Callable[[], Any]) -> Any:
 
     Raises:
         DamagedError: A process failed.
-        OSError: It did for a reason that says nothing about the checkpoint.
+        StorageError: It did for a reason that says nothing about the checkpoint.
     """
     value = problem = None
     for wait in (_WAIT, 0.0):
@@ -110,7 +115,7 @@ def _agreed(read: Callable[[], Any]) -> Any:
     problems = [found for found in gather(problem) if found is not None]
     for found in problems:
         if any(reason in found for reason in _NOT_DAMAGE):
-            raise OSError(
+            raise StorageError(
                 f"a checkpoint could not be read, which says nothing about its state "
                 f"({found}). Nothing was changed: try --resume again when storage and "
                 "devices are there, with memory to spare."

@@ -24,6 +24,10 @@ class Writer(Protocol):
         """Keeps a row."""
         ...
 
+    def sync(self) -> None:
+        """Brings all rows to where they outlive the machine."""
+        ...
+
 
 class Progress(Protocol):
     """Shows a run while it goes on."""

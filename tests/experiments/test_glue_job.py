@@ -1,5 +1,7 @@
 """What a run on GLUE trains: losses, dropout, recipes, methods."""
 
+import dataclasses
+import json
 from typing import get_args
 
 import chex
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 from experiments.configs.optimizer import OptimizerName
 from experiments.data.batches import Share
@@ -16,14 +19,24 @@ from experiments.data.example_batches import Encoded
 from experiments.data.glue import TASKS
 from experiments.data.hub import model_folder
 from experiments.data.text_files import TextError
-from experiments.glue.job import example_loss, losses_of, make_predict
+from experiments.glue import job
+from experiments.glue.job import (
+    example_loss,
+    labels_of,
+    losses_of,
+    make_predict,
+    read_texts,
+    save_model,
+)
 from experiments.glue.presets import parse
 from experiments.glue.subject import GLUE
 from experiments.models.encoder import functional_encoder
-from experiments.models.encoder_checkpoint import read_encoder_config
+from experiments.models.encoder_checkpoint import load_encoder, read_encoder_config
+from experiments.training.folder import RunFolder
 from experiments.training.optimizer import matrix_labels
 from experiments.training.run import Layout
 from tests.experiments import small_encoder
+from tests.experiments.glue_files import write_task
 
 
 def test_losses_by_hand():
@@ -78,6 +91,53 @@ def test_predictions_are_without_dropout_in_the_order_of_the_examples(encoder):
         one = tokens[None], np.array([len(tokens)]), np.zeros_like(tokens)[None]
         expected = jax.jit(apply)(params, *one, None)
         np.testing.assert_allclose(found[row], expected[0], atol=1e-5)
+
+
+def test_a_saved_model_names_its_task_and_has_all_of_its_tokenizer(
+    encoder, model, tmp_path
+):
+    (model / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    config = parse(["--task", "rte", "--method", "adamw", "--model.name", str(model)])
+    folder, shape = RunFolder(tmp_path), read_encoder_config(model)
+    params, _ = encoder
+    save_model(params, config, shape, labels_of("rte"), model, folder)
+    facts = json.loads((folder.model / "config.json").read_text())
+    assert facts["finetuning_task"] == "rte"
+    assert facts["id2label"] == {"0": "entailment", "1": "not_entailment"}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (folder.model / name).read_bytes() == (model / name).read_bytes()
+    assert not (folder.model / "special_tokens_map.json").exists()
+    zeros, said = jax.tree.map(jnp.zeros_like, params), []
+    again = load_encoder(folder.model, shape, zeros, labels_of("rte"), said.append)
+    chex.assert_trees_all_equal(again, params)
+    load_encoder(folder.model, shape, zeros, labels_of("qnli"), said.append)
+    assert len(said) == 1 and "head is of qnli" in said[0]
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(model, tmp_path):
+    write_task(tmp_path, "rte", 4)
+    given = ["--task", "rte", "--data", str(tmp_path), "--max-length", "16"]
+    config, shape = parse(given), read_encoder_config(model)
+    texts, _ = read_texts(config, TASKS["rte"], model, shape, print)
+    largest = max(int(some.max()) for some in texts.train.tokens)
+    small = dataclasses.replace(shape, vocab_size=largest)
+    message = f"{model}: .* makes token {largest}, .* has {largest} tokens"
+    with pytest.raises(TextError, match=message):
+        read_texts(config, TASKS["rte"], model, small, print)
+
+
+@pytest.mark.parametrize(("more", "rows"), [("", 32), ("--microbatches 8", 4)])
+def test_as_many_rows_are_predicted_as_are_trained_on_at_a_time(
+    more, rows, model, tmp_path, monkeypatch
+):
+    write_task(tmp_path, "mrpc", 4)
+    given = f"--task mrpc --data {tmp_path} --model.name {model} --max-length 16 {more}"
+    asked = []
+    monkeypatch.setattr(job, "make_predict", lambda *given: asked.append(given[-1]))
+    layout = Layout(jax.device_put, Share(), None)
+    config, folder = parse(given.split()), RunFolder(tmp_path / "run")
+    job.prepare(config, folder, layout, Console(quiet=True))
+    assert asked == [rows]
 
 
 @pytest.mark.parametrize("name", [*get_args(OptimizerName)])
@@ -170,6 +230,7 @@ def test_a_model_is_a_folder_or_the_hub_s(model, monkeypatch):
     name, files = asked[0]
     assert name == "FacebookAI/roberta-base"
     assert not any("bin" in pattern or ".py" in pattern for pattern in files)
+    assert {"tokenizer_config.json", "special_tokens_map.json"} <= {*files}
 
     def refuse(name, repo_type, allow_patterns):
         raise PermissionError("gated")

@@ -16,11 +16,19 @@ import numpy as np
 import pytest
 
 from experiments import command, kill_test
+from experiments.data.hub import UnreachableError
+from experiments.data.text_files import TextError
 from experiments.files import alone
 from experiments.presets import parse, preset
 from experiments.pretrain import main
+from experiments.training.checkpoint import BucketError, SaveError
+from experiments.training.distributed import (
+    OtherProcessError,
+    OtherProcessPassingError,
+)
 from experiments.training.folder import RunFolder
 from experiments.training.metrics import read_metrics
+from experiments.training.reader import StorageError
 from experiments.training.report import Report
 
 ROOT = Path(__file__).parents[2]
@@ -206,20 +214,44 @@ def test_mistakes_are_explained_in_a_line(texts, tmp_path, capsys):
         assert message in re.sub(r"[\s│]+", " ", capsys.readouterr().err)
 
 
-def test_devices_that_are_too_small_are_told_in_a_line(monkeypatch, tmp_path, capsys):
-    def fail(message):
+@pytest.fixture
+def fail(monkeypatch):
+    """Lets a run fail."""
+
+    def fail(error):
         def run(*args):
-            raise jax.errors.JaxRuntimeError(message)
+            raise error
 
         monkeypatch.setattr(command, "run", run)
 
-    fail("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore lines.")
+    return fail
+
+
+def test_devices_that_are_too_small_are_told_in_a_line(fail, tmp_path, capsys):
+    memory = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore lines."
+    fail(jax.errors.JaxRuntimeError(memory))
     assert main(["--run-dir", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "9 bytes" in line and "--microbatches" in line
-    fail("INTERNAL: something else")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        main(["--run-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA error"), 75),
+        (UnreachableError("the hub is away"), 75),
+        (BucketError("HTTP status 503"), 75),
+        (StorageError("Stale file handle"), 75),
+        (OtherProcessPassingError("process 1: the hub is away"), 75),
+        (OtherProcessError("process 1: a bad line"), 1),
+        (SaveError("No space left on device"), 1),
+        (TextError("no such file"), 1),
+    ],
+)
+def test_the_exit_code_tells_what_may_pass(fail, error, code, tmp_path, capsys):
+    fail(error)
+    assert main(["--run-dir", str(tmp_path)]) == code
+    assert str(error) in capsys.readouterr().err
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(
@@ -255,6 +287,7 @@ def test_a_preset_sets_shape_and_settings_and_can_be_overridden():
 def test_published_runs(name, rank, steps):
     config = preset(name, "galore")
     assert (config.optimization.rank, config.run.steps) == (rank, steps)
+    assert config.learning_rate == 8e-3
     natural = preset(name)
     assert natural.optimization.rank == natural.model.hidden_size // 16
     assert (config.text.sequence_length, config.run.batch_size) == (256, 512)
@@ -335,3 +368,10 @@ def test_a_run_may_go_on_computing_more_than_once_and_a_study_tells_them_apart()
     once, twice = parse([]), parse(["--model.remat", "layer"])
     assert once.identity() == twice.identity()
     assert once.decisive() != twice.decisive()
+
+
+def test_the_published_run_of_7b_has_settings_of_its_own():
+    found = preset("llama_7b", "galore").optimization
+    assert (found.rank, found.update_proj_gap) == (1024, 500)
+    assert (found.learning_rate, found.clip_norm) == (5e-3, 1.0)
+    assert preset("llama_7b").optimization.clip_norm is None

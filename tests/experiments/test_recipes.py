@@ -24,9 +24,20 @@ case "$*" in
   "storage ls "*) test -e "$STAND_IN/bucket/${3#gs://}" ;;
   "storage cat "*) cat "$STAND_IN/bucket/${3#gs://}" ;;
   "storage rm "*) rm "$STAND_IN/bucket/${3#gs://}" ;;
+  "storage rsync "*) test -e "$STAND_IN/synced" || { touch "$STAND_IN/synced"; false; } ;;
+  "storage cp gs://"*) cp "$STAND_IN/bucket/${3#gs://}" "$4" ;;
+  "storage cp --no-clobber "*) cp -n "$4" "$STAND_IN/bucket/${5#gs://}" ;;
   "storage cp - "*)
     mkdir -p "$(dirname "$STAND_IN/bucket/${4#gs://}")"
     cat > "$STAND_IN/bucket/${4#gs://}" ;;
+esac
+"""
+
+GIT = """
+case "$1" in
+  rev-parse) echo abc ;;
+  clone) mkdir "$3" ;;
+  checkout) echo "$3" > "$STAND_IN/commit" ;;
 esac
 """
 
@@ -87,12 +98,15 @@ def until(done):
 @pytest.mark.skipif(not shutil.which("flock"), reason="flock is Linux's, as TPUs are")
 def test_a_tpu_slice_runs_once_and_goes_back_at_the_end(machine, start):
     command(machine, "gcloud", GCLOUD)
-    command(machine, "git", "mkdir ngalore-jax")
+    command(machine, "git", GIT)
     command(machine, "curl", "echo 0")
+    # The run's folder of another slice, which does not come at the first try.
+    (machine / "bucket" / "b" / "llama_7b" / "run").mkdir(parents=True)
     # It crashes once, then trains until it is told that it has.
     crash = 'test "$(wc -l < "$STAND_IN/runs")" -gt 1 || exit 134'
     wait = 'until test -e "$STAND_IN/trained" -o ! -e "$0"; do /bin/sleep 0.02; done'
-    command(machine, "uv", f'echo "$*" >> "$STAND_IN/runs"\n{crash}\n{wait}')
+    lock = '[ "$1" = lock ] && { echo versions > uv.lock; exit; }'
+    command(machine, "uv", f'{lock}\necho "$*" >> "$STAND_IN/runs"\n{crash}\n{wait}')
     cloud = {"PROJECT": "p", "ZONE": "z", "BUCKET": "b", "REPOSITORY": "https://r"}
     first = start("tpu_queued_resource.sh", **cloud)
     until(lambda: lines(machine / "runs") == 2)
@@ -105,6 +119,9 @@ def test_a_tpu_slice_runs_once_and_goes_back_at_the_end(machine, start):
     assert second.wait(timeout=30) == 0, (machine / "out").read_text()
     assert lines(machine / "runs") == 2
     assert "--auto-resume" in (machine / "runs").read_text()
+    assert (machine / "commit").read_text() == "abc\n"
+    kept = machine / "bucket" / "b" / "llama_7b" / "uv.lock"
+    assert kept.read_text() == "versions\n"
     assert "ended with exit code 0" in (machine / "out").read_text()
     assert not (machine / "state").exists()
 
@@ -122,6 +139,16 @@ def test_a_node_of_gpus_starts_again_after_a_crash_and_passes_sigterm_on(
     assert script.wait(timeout=30) == 143, (machine / "out").read_text()
     assert lines(machine / "saved") == 1 and lines(machine / "runs") == 2
     assert "ended with code 139; starting again" in (machine / "out").read_text()
+
+
+def test_a_node_of_gpus_starts_again_after_what_may_pass(machine, start):
+    command(
+        machine,
+        "uv",
+        'echo >> "$STAND_IN/runs"\ntest "$(wc -l < "$STAND_IN/runs")" -gt 1 || exit 75',
+    )
+    assert start("node_8gpu.sh").wait(timeout=30) == 0
+    assert lines(machine / "runs") == 2
 
 
 def test_a_node_of_gpus_leaves_mistakes_alone(machine, start):

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ngalore_jax as ng
+from tests.collectives import elements_by_dtype
 
 RANK, HISTORY, GAP = 4, 6, 5
 SHAPES = {"w": (16, 24), "layers": (3, 24, 16)}
@@ -180,12 +181,6 @@ def test_a_step_holds_no_second_history(dtype, refresh):
     assert memory.temp_size_in_bytes < ng.state_report(state)["history"] / 2
 
 
-_COLLECTIVE = re.compile(
-    r"= (?P<result>\(.*?\)|\S+) "
-    r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(-start)?\("
-)
-
-
 def communicated(tx, spec, **extra_args):
     """Elements by dtype that the collectives of one compiled update produce."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
@@ -199,13 +194,7 @@ def communicated(tx, spec, **extra_args):
         }
         state = jax.eval_shape(tx.init, params)
         update = jax.jit(lambda g, s, p: tx.update(g, s, p, **extra_args))
-        program = update.lower(params, state, params).compile().as_text()
-    total = {}
-    for collective in _COLLECTIVE.finditer(program):
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", collective["result"]):
-            size = math.prod(int(d) for d in shape.split(",") if d)
-            total[dtype] = total.get(dtype, 0) + size
-    return total
+        return elements_by_dtype(update.lower(params, state, params).compile())
 
 
 SHARDED = {"w": (8, 16), "layers": (3, 8, 16)}

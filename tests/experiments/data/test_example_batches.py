@@ -15,7 +15,11 @@ from experiments.data.example_batches import (
 )
 from experiments.data.glue import Examples
 from experiments.data.text_files import TextError
-from experiments.data.tokenizer import load_model_tokenizer
+from experiments.data.tokenizer import (
+    check_tokens,
+    copy_tokenizer_settings,
+    load_model_tokenizer,
+)
 from tests.experiments import small_encoder
 
 COUNT, BATCH = 45, 8
@@ -160,3 +164,26 @@ def test_texts_are_tokenized_as_the_model_s_tokenizer_says(tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(TextError, match=r"has no tokenizer\.json"):
         load_model_tokenizer(folder)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused():
+    tokens = [np.array(some, np.int32) for some in ([3, 9], [], [7])]
+    check_tokens(tokens, 10, "here")
+    check_tokens([], 10, "here")
+    with pytest.raises(TextError, match=r"here: .*json. makes token 9, .* has 9 tok"):
+        check_tokens(tokens, 9, "here")
+
+
+def test_settings_of_a_tokenizer_are_copied_where_there_are_any(tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir()
+    here.mkdir()
+    copy_tokenizer_settings(there, here)
+    assert not list(here.iterdir())
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "other.json"):
+        (there / name).write_text(name)
+    copy_tokenizer_settings(there, here)
+    found = {path.name: path.read_text() for path in here.iterdir()}
+    assert found == {
+        name: name for name in ("tokenizer_config.json", "special_tokens_map.json")
+    }

@@ -67,6 +67,31 @@ def test_a_malformed_row_says_where_it_is_or_is_left_out(name, line, message, tm
     assert "1 rows skipped" in said[0] and str(path) in said[0]
 
 
+def test_empty_lines_are_no_rows(tmp_path):
+    write_task(tmp_path, "rte", 3)
+    task = TASKS["rte"]
+    for split in (task.train, *task.validation, *task.test):
+        path = tmp_path / "RTE" / split.file
+        header, *lines = path.read_text().splitlines()
+        path.write_text("\r\n\n".join([header, *lines]) + "\n\n")
+        examples = load("rte", split, tmp_path)
+        assert examples.texts == [ROWS["rte"](n)[0] for n in range(3)]
+        assert examples.labels is None or len(examples.labels) == 3
+
+
+@pytest.mark.parametrize("name", ["rte", "sst2"])
+def test_no_prediction_is_of_another_row_than_its_number_says(name, tmp_path):
+    """An empty line in the place of a row; the second file does not number them."""
+    write_task(tmp_path, name, 3)
+    task = TASKS[name]
+    path = tmp_path / task.folder / "test.tsv"
+    lines = path.read_text().splitlines()
+    lines[2] = ""
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(TextError, match=r"line 4: .* numbered 1 is needed.*of all row"):
+        load(name, task.test[0], tmp_path, "skip")
+
+
 def test_files_that_are_not_there_or_hold_nothing_are_named(tmp_path):
     task = TASKS["rte"]
     with pytest.raises(TextError, match=r"RTE/train.tsv is missing: .* official lay"):

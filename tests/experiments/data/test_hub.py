@@ -7,7 +7,7 @@ import pytest
 
 from experiments.configs.text import TextConfig
 from experiments.data import hub, text
-from experiments.data.batches import WHOLE
+from experiments.data.batches import WHOLE, Share
 from experiments.data.text_files import TextError
 from tests.experiments.data.fake_hub import FakeHub
 
@@ -70,7 +70,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(text, "_PATIENCE", 0.2)
 
 
-def load(report=print, **settings):
+def load(report=print, share=WHOLE, **settings):
     return text.load_text(
         TextConfig(
             data=("c4",),
@@ -84,7 +84,7 @@ def load(report=print, **settings):
         batch_size=8,
         eval_batch_size=4,
         seed=0,
-        share=WHOLE,
+        share=share,
         tokenizer_file=None,
         report=report,
     )
@@ -111,6 +111,21 @@ def test_c4_streams_with_its_tokenizer_and_validation_split(c4):
 def test_a_second_validation_shard_is_read_where_one_is_short(c4):
     loaded = load(validation_tokens=100_000)
     assert sum(len(batch["tokens"]) for batch in loaded.validation) == 40
+
+
+def test_where_there_are_many_processes_each_waits_for_long(c4, monkeypatch):
+    monkeypatch.setattr(text, "_PATIENCE", 0.0)
+    monkeypatch.setattr(text, "_PATIENCE_OF_MANY", 20.0)
+    answers = iter([503, 503])
+
+    def fail(method, path):
+        return next(answers, None) if "c4-validation" in path else None
+
+    c4.fail = fail
+    loaded = load(share=Share(0, 2))
+    assert next(answers, None) is None
+    assert sum(batch["weights"].sum() for batch in loaded.validation) > 0
+    loaded.batches.close()
 
 
 def test_hiccups_of_the_hub_pass(c4, monkeypatch):
@@ -152,7 +167,7 @@ def test_without_a_network_one_clear_line(c4, monkeypatch, tmp_path, cached_toke
     http = huggingface_hub.utils._http
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
     point_at(monkeypatch, "http://127.0.0.1:9", tmp_path)
-    with pytest.raises(TextError) as raised:
+    with pytest.raises(hub.UnreachableError) as raised:
         load()
     message = str(raised.value)
     expected = "c4-validation.00000" if cached_tokenizer else "t5-base/spiece.model"

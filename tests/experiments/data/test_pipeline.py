@@ -50,7 +50,7 @@ def test_documents_are_joined_by_the_end_of_document():
     tokens = tokenize(["ab", "\u00fc"], Letters())
     assert tokens.ids.tolist() == [1, 97, 98, 1, 252, 1]
     assert tokens.document_ends.tolist() == [3, 5]
-    assert tokens.num_bytes == 4
+    assert tokens.document_bytes.sum() == 4
     many = tokenize([f"text {i}" for i in range(1000)], Letters())
     assert Letters().decode(many.ids) == "\1" + "".join(
         f"text {i}\1" for i in range(1000)

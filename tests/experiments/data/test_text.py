@@ -97,6 +97,39 @@ def test_both_ways_evaluate_on_the_same_text(folder, stream):
     assert json.loads(json.dumps(dict(loaded.summary))) == dict(loaded.summary)
 
 
+def test_a_streamed_run_is_not_evaluated_on_what_it_trains_on(folder):
+    both = (f"{folder}/held-out.jsonl", f"{folder}/../*/c4-train.3.json.gz")
+    with pytest.raises(ValueError, match=r"both take .*c4-train\.3\.json\.gz"):
+        load(folder, stream=True, validation_data=both)
+
+
+def test_other_validation_text_makes_another_run(folder):
+    before = load(folder, stream=True).identity
+    assert load(folder, stream=True).identity == before
+    write_shard(folder / "held-out.jsonl", prose(20, seed=8))
+    after = load(folder, stream=True).identity
+    assert after["text"] != before["text"]
+    assert after["tokenizer"] == before["tokenizer"]
+
+
+def test_no_more_validation_text_is_tokenized_than_is_used(folder, monkeypatch):
+    write_shard(folder / "held-out.jsonl", prose(1000, seed=9))
+    asked = []
+    encode = load_tokenizer(folder / "tokenizer.json").encode_batch
+
+    class Counting:
+        vocab_size, eos_id, fingerprint = 300, 0, "counting"
+
+        def encode_batch(self, texts):
+            asked.extend(texts)
+            return encode(texts)
+
+    monkeypatch.setattr(text_module, "load_tokenizer", lambda choice: Counting())
+    loaded = load(folder, stream=True)
+    assert sum(batch["weights"].sum() for batch in loaded.validation) == 500
+    assert 500 / 60 < len(asked) < 200
+
+
 def test_the_user_is_told_what_is_read(folder):
     lines = []
     write_shard(folder / "c4-train.9.json.gz", ["", "text"])

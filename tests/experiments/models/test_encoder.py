@@ -11,6 +11,7 @@ import pytest
 
 from experiments.models.encoder import dropout, functional_encoder
 from experiments.models.encoder_checkpoint import (
+    Labels,
     load_encoder,
     read_encoder_config,
     save_encoder,
@@ -22,6 +23,7 @@ from tests.experiments import small_encoder
 
 LENGTHS = np.array([9, 4, 12, 7, 5, 12, 2, 10], np.int32)
 FAMILIES = pytest.mark.parametrize("family", ["bert", "roberta"])
+MNLI = Labels("mnli", ("entailment", "neutral", "contradiction"))
 _WIDTH = 12
 
 
@@ -82,10 +84,51 @@ def test_a_checkpoint_of_the_encoder_alone_leaves_the_head_new(family, tmp_path)
 @FAMILIES
 def test_what_is_saved_is_loaded_again(family, tmp_path):
     config, params = load(small_encoder.write_encoder(tmp_path / "there", family))
-    save_encoder(tmp_path / "here", config, params)
+    save_encoder(tmp_path / "here", config, params, MNLI)
     again, loaded = load(tmp_path / "here", seed=1)
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "same"),
+    [
+        (MNLI, True),
+        (Labels("rte", ("entailment", "not_entailment")), False),
+        (Labels("cola", ("0", "1", "2")), False),
+        (Labels("mnli", MNLI.names[::-1]), False),
+    ],
+    ids=["same", "fewer", "other", "reversed"],
+)
+@FAMILIES
+def test_the_head_of_another_task_is_left_out(family, wanted, same, tmp_path):
+    config, saved = load(small_encoder.write_encoder(tmp_path / "there", family))
+    save_encoder(tmp_path / "here", config, saved, MNLI)
+    init_params, _ = functional_encoder(config, len(wanted.names))
+    new, said = jax.jit(init_params)(jax.random.key(1)), []
+    params = load_encoder(tmp_path / "here", config, new, wanted, said.append)
+    head = saved["head"] if same else new["head"]
+    if family == "bert":
+        head = head | {"dense": saved["head"]["dense"]}
+    jax.tree.map(np.testing.assert_array_equal, params, saved | {"head": head})
+    assert len(said) == (not same)
+    assert same or f"is of {wanted.task} (finetuning_task, id2label)" in said[0]
+
+
+def test_a_head_that_says_nothing_is_no_task_s_and_none_is_not_missed(tmp_path):
+    said = []
+    for classes in (3, None):
+        folder = small_encoder.write_encoder(tmp_path / str(classes), "bert", classes)
+        config = read_encoder_config(folder)
+        init_params, _ = functional_encoder(config, 3)
+        new = jax.jit(init_params)(jax.random.key(1))
+        params = load_encoder(folder, config, new, MNLI, said.append)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            params["head"]["out_proj"],
+            new["head"]["out_proj"],
+        )
+    assert len(said) == 1 and str(tmp_path / "3" / "config.json") in said[0]
 
 
 def test_dropout_is_drawn_by_its_key(tmp_path):

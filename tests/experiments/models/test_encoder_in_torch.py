@@ -14,6 +14,7 @@ from flax import nnx
 
 from experiments.models.encoder import Encoder, functional_encoder
 from experiments.models.encoder_checkpoint import (
+    Labels,
     load_encoder,
     read_encoder_config,
     save_encoder,
@@ -49,7 +50,8 @@ def ours(folder: Path, inputs: dict[str, np.ndarray], classes: int) -> np.ndarra
     config = read_encoder_config(folder)
     init_params, apply = functional_encoder(config, classes)
     params = load_encoder(folder, config, jax.jit(init_params)(jax.random.key(0)))
-    save_encoder(folder / "saved", config, params)
+    labels = Labels("some", tuple(f"class {n}" for n in range(classes)))
+    save_encoder(folder / "saved", config, params, labels)
     tokens, types = (
         inputs[name].astype(np.int32) for name in ("input_ids", "token_type_ids")
     )

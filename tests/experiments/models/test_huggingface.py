@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from experiments.models import huggingface
 from experiments.models.encoder import functional_encoder
 from experiments.models.encoder_checkpoint import (
+    Labels,
     load_encoder,
     read_encoder_config,
     save_encoder,
@@ -49,7 +50,7 @@ def test_weights_that_cannot_be_written_are_named_and_the_old_ones_stay(
     before = (folder / "model.safetensors").read_bytes()
     monkeypatch.setattr(huggingface, "save_file", full)
     with pytest.raises(OSError, match=r"safetensors cannot be written .*No space"):
-        save_encoder(folder, config, params)
+        save_encoder(folder, config, params, Labels("rte", ("yes", "no")))
     assert (folder / "model.safetensors").read_bytes() == before
     assert not list(folder.glob("*.tmp"))
 

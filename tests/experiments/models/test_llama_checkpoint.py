@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments.models import huggingface, lora
 from experiments.models.functional import functional_llama
 from experiments.models.huggingface import CheckpointError
 from experiments.models.llama_checkpoint import (
@@ -16,6 +17,8 @@ from experiments.models.llama_checkpoint import (
     read_llama_config,
     save_llama,
 )
+from experiments.training import distributed
+from experiments.training.mesh import make_mesh, param_shardings
 from tests.experiments.small_llama import CONFIG
 
 SHAPES = {
@@ -38,8 +41,8 @@ for LAYER in range(2):
     }
 
 
-def make(config):
-    init_params, _ = functional_llama(config)
+def make(config, adapter=None):
+    init_params, _ = functional_llama(config, adapter)
     return jax.jit(init_params)(jax.random.key(0))
 
 
@@ -79,6 +82,47 @@ def test_names_and_layouts_are_those_of_transformers(tmp_path):
     np.testing.assert_array_equal(
         tensors["model.embed_tokens.weight"], params["embed_tokens"]["embedding"]
     )
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["explicit", "auto"])
+@pytest.mark.parametrize("adapter", [None, lora.Adapter("lora", 4)])
+def test_a_split_model_is_saved_without_a_whole_one_on_devices(
+    adapter, explicit, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(CONFIG, param_dtype="bfloat16")
+    whole = jax.tree.map(
+        lambda x: x + jnp.asarray(0.01, x.dtype), make(config, adapter)
+    )
+    mesh = make_mesh(fsdp=4, tensor=2, explicit=explicit)
+    split = jax.device_put(whole, param_shardings(whole, mesh))
+    save_file = huggingface.save_file
+
+    def on_devices():
+        """Arrays of several: what NumPy reads of them are their parts, not copies."""
+        return {id(x) for x in jax.live_arrays() if len(x.sharding.device_set) > 1}
+
+    before = on_devices()
+
+    def look(tensors, path, metadata):
+        assert {type(tensor) for tensor in tensors.values()} == {np.ndarray}
+        assert on_devices() <= before
+        save_file(tensors, path, metadata)
+
+    def fetch(x):
+        assert len(on_devices() - before) <= 1  # the kernel that is merged
+        return distributed.fetch(x)
+
+    def save(name, params):
+        merged = lora.without_adapter(params, adapter, fetch)
+        save_llama(tmp_path / name, config, merged)
+        return load_file(tmp_path / name / "model.safetensors")
+
+    monkeypatch.setattr(huggingface, "save_file", look)
+    with jax.set_mesh(mesh):
+        found = save("split", split)
+    expected = save("whole", whole)
+    assert {x.dtype for x in found.values()} == {jnp.dtype("bfloat16")}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is left of a run: of a real one, and of the process that makes it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -82,3 +83,34 @@ def test_a_process_that_fails_says_why_and_all_can_be_stopped(tmp_path, monkeypa
     threading.Timer(0.5, processes.stop).start()
     assert processes.run([], log) == -signal.SIGTERM
     assert processes.run([], log) == 143  # and starts nothing
+
+
+def test_runs_at_a_time_are_spread_over_gpus(tmp_path, monkeypatch):
+    shown, others = [], []
+
+    class Fake:
+        """A run during which others start, one in the other."""
+
+        def __init__(self, command, env, **options):
+            shown.append(env.get("CUDA_VISIBLE_DEVICES"))
+
+        def wait(self):
+            if others:
+                others.pop()()
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Fake)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+
+    def run():
+        assert processes.run([], tmp_path / "log") == 0
+
+    processes = Processes("some.module", ["4", "5", "6"])
+    others += [run] * 3
+    run()
+    assert shown == ["4", "5", "6", "4"]
+    run()  # they are free again
+    assert shown[4:] == ["4"]
+    processes = Processes("some.module")
+    run()
+    assert shown[5:] == [os.environ["CUDA_VISIBLE_DEVICES"]]

@@ -9,6 +9,7 @@ import pytest
 from experiments.study import report
 from experiments.study.__main__ import main
 from experiments.study.pretraining import PRETRAINING
+from experiments.study.processes import Processes
 from experiments.study.records import Records
 from tests.experiments.study.fake_runs import MODEL, SECONDS, write_texts
 
@@ -28,6 +29,23 @@ def command(tmp_path, runs):
         )
 
     return study
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expected"), [((), ("2", "3")), (("--mesh.fsdp", "2"), ())]
+)
+def test_runs_on_one_device_are_shown_a_gpu_each(mesh, expected, command, monkeypatch):
+    given = []
+
+    def take(self, module, gpus=()):
+        given.append(tuple(gpus))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(Processes, "__init__", take)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert command(*mesh) == 1
+    assert given == [expected]
 
 
 def read(tmp_path) -> Records:

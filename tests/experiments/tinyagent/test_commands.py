@@ -1,5 +1,6 @@
 """The commands: a random Llama learns a plan, writes it, and it is carried out."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,10 +10,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import kill_test
+from experiments.data.text_files import TextError
 from experiments.tinyagent import __main__ as command
 from experiments.tinyagent import evaluation, show
 from experiments.tinyagent.evaluation import MADE_UP
+from experiments.tinyagent.examples import load_training
+from experiments.tinyagent.job import tokenize
 from experiments.tinyagent.planner import Planner
+from experiments.tinyagent.presets import parse
+from experiments.tinyagent.source import open_llama
 from experiments.training.folder import RunFolder
 from tests.experiments.tinyagent import dataset_files
 from tests.experiments.tinyagent.bfcl_files import PLAY
@@ -25,7 +31,9 @@ PLAN = '1. get_phone_number("Bob")\n2. send_sms(["$1"], "Hi")\n3. join()'
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_planner(tmp_path_factory.mktemp("hub") / "llama")
+    folder = write_planner(tmp_path_factory.mktemp("hub") / "llama")
+    (folder / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +102,21 @@ def test_a_run_learns_and_leaves_all_that_explains_it(trained):
     epochs = f"of {EPOCHS} |"
     for part in ("natural_galore, rank 8", epochs, "evaluate --model.name", "plan "):
         assert part in report
+    copied = (trained / "model" / "tokenizer_config.json").read_text()
+    assert copied == '{"add_bos_token": true}'
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(model, data):
+    given = f"--data {data} --model.name {model} --validation-examples 4"
+    config = parse(given.split())
+    examples = load_training(config.data, print).train[:2]
+    source = open_llama(str(model), print)
+    found, _ = tokenize(examples, source, config, print)
+    largest = max(int(some.max()) for some in found.prompts + found.answers)
+    shape = dataclasses.replace(source.config, vocab_size=largest)
+    source = dataclasses.replace(source, config=shape)
+    with pytest.raises(TextError, match=f"{model}: .* makes token {largest}, .* has"):
+        tokenize(examples, source, config, print)
 
 
 def test_what_is_learnt_is_planned_and_the_score_says_so(model, data, trained, capsys):

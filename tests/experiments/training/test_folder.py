@@ -146,7 +146,7 @@ def test_a_run_begins_again_only_if_it_had_hardly_begun(tmp_path):
     with pytest.raises(FileExistsError, match="checkpoint_dir"):
         folder.check_restart(config | {"run": elsewhere}, 2)
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
-    folder.metrics.write_text("".join(lines[:4]))
+    folder.metrics.write_text("".join(lines[:4]) + '{"st')  # cut short by a crash
     folder.check_restart(config, 2)
     folder.metrics.write_text("".join(lines))
     with pytest.raises(

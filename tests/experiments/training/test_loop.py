@@ -284,3 +284,15 @@ def test_plan_ends_with_an_evaluation_and_a_checkpoint():
     plan = Plan(steps=7, eval_every=3, checkpoint_every=5)
     assert [s for s in range(1, 8) if plan.evaluates_after(s)] == [3, 6, 7]
     assert [s for s in range(1, 8) if plan.saves_after(s)] == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("an_epoch", "saved"),
+    [(1200, [500, 1000, 1200, 1500, 2000, 2400]), (300, [300, 600])],
+)
+def test_long_epochs_are_saved_within_and_each_at_its_end(an_epoch, saved):
+    plan = Plan.of_epochs(2, an_epoch, max_skipped=3)
+    steps = range(1, plan.steps + 1)
+    assert [s for s in steps if plan.evaluates_after(s)] == [an_epoch, 2 * an_epoch]
+    assert [s for s in steps if plan.saves_after(s)] == saved
+    assert plan.max_skipped == 3

@@ -53,6 +53,30 @@ def test_rows_after_the_checkpoint_and_half_rows_are_dropped(tmp_path):
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
 
+def test_a_row_that_a_crash_cut_short_is_none(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    assert read_metrics(path) == [{"step": 1}]
+
+
+def test_rows_that_are_missing_are_told_of(tmp_path):
+    path, lines = tmp_path / "metrics.jsonl", []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 6}\n')
+    with MetricsWriter(path, keep_until=5, report=lines.append):
+        assert "the rows of 2 of the 5 steps" in lines.pop()
+    with MetricsWriter(path, keep_until=2, report=lines.append):
+        assert not lines
+
+
+def test_synced_rows_are_on_disk(tmp_path, monkeypatch):
+    path, synced = tmp_path / "metrics.jsonl", []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    with MetricsWriter(path, keep_until=0) as writer:
+        writer.write({"step": 1})
+        writer.sync()
+    assert synced == [path.stat().st_size] != [0]
+
+
 def test_a_damaged_row_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n')

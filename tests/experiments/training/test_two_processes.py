@@ -49,8 +49,10 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(found):
 
 
 def test_a_batch_that_one_process_cannot_read_ends_both_with_the_state_saved(found):
-    assert found[0]["error"] == "OSError: the network is gone"
-    assert found[1]["error"].startswith("OtherProcessError: another process cannot")
+    assert found[0]["error"] == "UnreachableError: the network is gone"
+    # It may pass, which the other one's exit code is to say, too.
+    other = "OtherProcessPassingError: another process cannot"
+    assert found[1]["error"].startswith(other)
     for one in found:
         assert one["after error"] == found[0]["straight"]
 

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.data.hub import UnreachableError
 from experiments.training.fingerprint import fingerprint
 from experiments.training.loop import Outcome, Plan, train
 from experiments.training.mesh import make_mesh
@@ -104,7 +105,7 @@ def describe(outcome: Outcome) -> dict:
 
 
 def fail():
-    raise OSError("the network is gone")
+    raise UnreachableError("the network is gone")
 
 
 def main(index: int, folder: Path) -> dict:
