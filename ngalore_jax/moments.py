@@ -19,6 +19,8 @@ from ngalore_jax.subspace import (
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _FIRST, _SECOND = storage.Curve.SQUARE, storage.Curve.FLOAT
+# Of the rounding at a refresh; that of a step has small ones.
+_ROTATION_SALT = 2**30
 
 
 def scale_by_subspace_adam(
@@ -38,7 +40,11 @@ def scale_by_subspace_adam(
       m \leftarrow Q\, m, \qquad v \leftarrow (Q \odot Q)\, v .
 
     The second rule keeps :math:`v \ge 0` and is exact when the rows of the gradient
-    are uncorrelated (LDAdam, arXiv 2410.16103, rotates a centred variance instead).
+    are uncorrelated and the new basis lies in the old one (LDAdam, arXiv 2410.16103,
+    rotates a centred variance instead). What a refresh brings in from outside starts at
+    zero, though, with a bias correction that counts on: steps are longer after it, the
+    more so the more of the basis is new. A learning rate thus belongs to a gap and a
+    projector; with :func:`ngalore_jax.gaussian`, ``"reset"`` is the quiet choice.
 
     Args:
       b1: Decay of the first moment.
@@ -182,20 +188,29 @@ def rotate_moments(
     mu: storage.Stored,
     nu: storage.Stored,
     rotation: jax.Array,
+    count: jax.Array,
     *,
     first: storage.Codec,
     second: storage.Codec,
+    salt: int,
 ) -> tuple[storage.Stored, storage.Stored]:
     """First and second moment ``(..., r, n)`` after rotation by ``(..., r, r)``.
 
-    Rounded to the nearest: it is once in many steps.
+    Rounded by the random numbers of ``count``, ``salt`` and ``salt + 1``: rounded to
+    the nearest, one that falls by less than half a level a refresh would never fall.
     """
 
-    def apply(q: jax.Array, stored: storage.Stored, codec: storage.Codec) -> Any:
+    def apply(
+        q: jax.Array, stored: storage.Stored, codec: storage.Codec, salt: int
+    ) -> storage.Stored:
         x = codec.decode(stored, q.dtype)
-        return codec.encode(jnp.einsum("...qr,...rn->...qn", q, x, precision=_HIGHEST))
+        x = jnp.einsum("...qr,...rn->...qn", q, x, precision=_HIGHEST)
+        return codec.encode(x, storage.random_bits(x.shape, count, salt))
 
-    return apply(rotation, mu, first), apply(jnp.square(rotation), nu, second)
+    return (
+        apply(rotation, mu, first, salt),
+        apply(jnp.square(rotation), nu, second, salt + 1),
+    )
 
 
 def _rotate(
@@ -206,9 +221,12 @@ def _rotate(
     for i, q in enumerate(rotations_of(treedef, change)):
         if q is not None:
             first, second = _codecs(mu[i], nu[i], q.ndim)
-            rotate = functools.partial(rotate_moments, first=first, second=second)
+            salt = _ROTATION_SALT + 2 * i
+            rotate = functools.partial(
+                rotate_moments, first=first, second=second, salt=salt
+            )
             specs = (first.specs_of(mu[i]), second.specs_of(nu[i]))
-            mu[i], nu[i] = sharding.pinned(rotate, specs)(mu[i], nu[i], q)
+            mu[i], nu[i] = sharding.pinned(rotate, specs)(mu[i], nu[i], q, state.count)
     return state._replace(mu=storage.join(treedef, mu), nu=storage.join(treedef, nu))
 
 

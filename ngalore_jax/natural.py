@@ -66,7 +66,8 @@ def scale_by_natural_gradient(
     :math:`g/\lambda - H (\lambda I + K)^{-1} H^\top g/\lambda` (its Eq. 12), equal in
     exact arithmetic, which subtracts two numbers of size :math:`1/\lambda`. The
     damping here is never below the rounding of :math:`K`,
-    :math:`s\,\epsilon \max_j K_{jj}`, so that the Cholesky factor exists, and
+    :math:`s\,\epsilon \max_j K_{jj}`, so that the Cholesky factor exists (if it does
+    not all the same, the step has a Fisher of :math:`g` alone), and
     where :math:`\lambda < 64\,\epsilon\,\mathrm{tr} K`, :math:`w_i` grows by
     :math:`4 \epsilon \sum_j |w_j|`: a gradient that the past predicts to rounding
     keeps its direction.
@@ -80,9 +81,10 @@ def scale_by_natural_gradient(
         Below :math:`s\,\epsilon \max_j K_{jj}` (1e-3 for float32, 20 gradients and
         squared norms of 420) that floor takes its place.
       relative_damping: Whether ``damping`` is in units of the mean of the non-zero
-        diagonal of :math:`K`. The result is then independent of the gradient's scale
-        up to its own; an absolute damping far above :math:`\|g\|^2` returns
-        :math:`g / \lambda`.
+        diagonal of :math:`K`. The direction of the result is then independent of the
+        gradient's scale; an absolute damping far above :math:`\|g\|^2` returns
+        :math:`g / \lambda`. Its entries are about :math:`1 / (\|g\| \sqrt{rn})`
+        in either case, so that an Adam behind it wants an ``eps`` far below that.
       at_refresh: What happens to the history when ``low_rank`` moves the basis:
         ``"rotate"`` carries it over (:math:`H_j \leftarrow P_{new}^\top P_{old} H_j`),
         ``"keep"`` leaves it as it is (the published code), ``"reset"`` empties it.
@@ -239,6 +241,10 @@ def push_through_weights(
     factor = jnp.linalg.cholesky(gram + ridge[..., None, None] * identity)
     unit = jnp.broadcast_to(jnp.arange(s) == slot, diagonal.shape).astype(gram.dtype)
     weights = jax.scipy.linalg.cho_solve((factor, True), unit[..., None])[..., 0]
+    # Of a Gram matrix that rounding has made indefinite: the current gradient alone.
+    alone = unit / (diagonal + ridge[..., None])
+    solved = jnp.all(jnp.isfinite(weights), axis=-1, keepdims=True)
+    weights = jnp.where(solved, weights, alone)
     # Under so little damping H w can be what rounding leaves of a sum that cancels.
     # A few roundings' worth of g keep it pointing along g.
     rounding = 4 * eps * jnp.sum(jnp.abs(weights), axis=-1)
@@ -268,12 +274,18 @@ def rotate_history(
     history = jax.lax.fori_loop(0, gram.shape[-1], rotate, history)
     size = storage.main_part(history).shape[along]
 
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+    # Kahan's sum: the rounding of a plain one can make K indefinite.
+    def add(i: jax.Array, kept: tuple[jax.Array, jax.Array]) -> Any:
+        total, excess = kept
         x = codec.decode(codec.slice(history, i, along), gram.dtype)
         x = jnp.squeeze(x, along)
-        return total + jnp.einsum("s...k,t...k->...st", x, x, precision=_HIGHEST)
+        more = jnp.einsum("s...k,t...k->...st", x, x, precision=_HIGHEST) - excess
+        larger = total + more
+        return larger, (larger - total) - more
 
-    return history, jax.lax.fori_loop(0, size, add, jnp.zeros_like(gram))
+    nothing = jnp.zeros_like(gram)
+    gram, _ = jax.lax.fori_loop(0, size, add, (nothing, nothing))
+    return history, gram
 
 
 def _read(history: storage.Stored, slot: jax.Array) -> storage.Stored:

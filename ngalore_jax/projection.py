@@ -4,6 +4,7 @@ Shapes, after :meth:`MatrixView.to_matrix`: gradient ``(..., m, n)``, basis
 ``(..., m, r)``, low-rank gradient and direction ``(..., r, n)``.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ def refresh_basis(
     matrix = gradient.astype(work_dtype(gradient))
     # A sum, since a maximum over devices need not pass on one device's NaN.
     size = jnp.sum(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    usable = jnp.isfinite(size) & (size > 0)
+    usable = (size < _largest(size.dtype)) & (size > 0)
     new = projector(matrix, basis, count)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
     new = jnp.where(usable, new, basis)
@@ -44,7 +45,7 @@ def refresh_basis(
 def project(
     gradient: jax.Array, basis: jax.Array, *, view: MatrixView, exact: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """``R = P^T G``, and which matrices are finite ``(..., 1, 1)``; zero where not.
+    """``R = P^T G``, and which matrices are usable ``(..., 1, 1)``; zero where not.
 
     Every entry of ``G`` enters some entry of ``R``, and a NaN or an Inf times
     anything, zero included, is not finite: looking at the smaller ``R`` is enough.
@@ -63,7 +64,7 @@ def project(
         matrix,
         precision=_HIGHEST if exact else None,
     )
-    finite = jnp.all(jnp.isfinite(low), axis=(-2, -1), keepdims=True)
+    finite = _usable(low, axis=(-2, -1))
     return jnp.where(finite, low, 0), finite
 
 
@@ -142,5 +143,20 @@ def next_momentum(
 
 
 def finite_or_zero(gradient: jax.Array) -> jax.Array:
-    """The gradient, or zeros if any entry of it is a NaN or an Inf."""
-    return jnp.where(jnp.all(jnp.isfinite(gradient)), gradient, 0)
+    """The gradient, or zeros if an entry is a NaN, an Inf or squares to about one."""
+    return jnp.where(_usable(gradient), gradient, 0)
+
+
+def _usable(x: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
+    """Whether entries are finite, and sums of their squares as well."""
+    axes = range(x.ndim) if axis is None else axis
+    count = max(math.prod(x.shape[a] for a in axes), 1)
+    x = jnp.abs(x.astype(work_dtype(x)))
+    # A NaN is not below it.
+    below = x < _largest(x.dtype) / math.sqrt(count)
+    return jnp.all(below, axis=axis, keepdims=axis is not None)
+
+
+def _largest(dtype: jnp.dtype) -> float:
+    """A norm whose square leaves room for a sum over a history."""
+    return 1e-2 * math.sqrt(float(jnp.finfo(dtype).max))

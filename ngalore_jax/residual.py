@@ -159,7 +159,7 @@ def _compensate(
     outside = jnp.maximum(columns.total - columns.inside, 0)
     energy = decay * energy + (1 - decay) * outside
     corrected = energy / (1 - decay ** (count + 1))
-    squared = codimension * _quotient(1, corrected + _NOISE_FLOOR * columns.total)
+    squared = _quotient(codimension, corrected + _NOISE_FLOOR * columns.total)
     shrink, norm = _limit(jnp.sum(outside * squared, axis=-1), norm, max_growth)
     return weight * shrink[..., None] * jnp.sqrt(squared), energy, norm
 
@@ -193,5 +193,6 @@ def _limit(
 
 
 def _quotient(x: jax.typing.ArrayLike, y: jax.Array) -> jax.Array:
-    """``x / y``, and 0 where ``y`` is 0."""
-    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
+    """``x / y``, and 0 where ``y`` is 0 or so small that the quotient overflows."""
+    quotient = x / jnp.where(y > 0, y, 1)
+    return jnp.where((y > 0) & ~jnp.isinf(quotient), quotient, 0)

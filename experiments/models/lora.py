@@ -231,8 +231,8 @@ def without_adapter(
 def _merged(module: Module, scale: float) -> Module:
     """One module merged, split over a mesh as its kernel is."""
     factors = ("lora_a", "lora_b")
-    shardings = {k: x.sharding for k, x in module.items() if k not in factors}
-    shardings.setdefault("kernel", None)
+    kept = {k: x.sharding for k, x in module.items() if k not in factors}
+    shardings = {"kernel": None} | kept
     return jax.jit(lambda module: merge(module, scale), out_shardings=shardings)(module)
 
 

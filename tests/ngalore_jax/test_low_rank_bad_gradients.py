@@ -1,4 +1,4 @@
-"""Zero, NaN and Inf gradients: what they do, and what they leave alone."""
+"""Zero, NaN, Inf and huge gradients: what they do, and what they leave alone."""
 
 import chex
 import jax
@@ -12,7 +12,7 @@ from tests.ngalore_jax import reference
 
 GAP, STEPS = 3, 8
 STACKED, OTHER, BIAS = (3, 5, 7), (6, 4), (5,)
-BAD = {"zero": 0.0, "nan": np.nan, "inf": np.inf, "-inf": -np.inf}
+BAD = {"zero": 0.0, "nan": np.nan, "inf": np.inf, "-inf": -np.inf, "huge": 1e20}
 
 
 def inner():
@@ -114,7 +114,7 @@ def test_the_update_of_a_bad_matrix(stepper):
         assert np.linalg.norm(u) > 0.1
 
 
-@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("kind", ["nan", "inf", "huge"])
 def test_a_bad_leaf_that_is_not_projected(stepper, kind):
     bad, zeroed = stream(), stream()
     bad[2]["bias"][1] = BAD[kind]
@@ -141,12 +141,34 @@ def test_every_projector_keeps_the_old_basis(projector, kind):
     g = np.float32(reference.gradients(0, 1, 2, 5, 7)[0])
     _, state = update(g, tx.init(g))
     bad = g.copy()
-    bad[0] = bad[0] * 0 + BAD[kind]
+    bad[0] = BAD[kind]
     u, after = update(bad, state)
     chex.assert_trees_all_equal(after.projector[0], state.projector[0])
     chex.assert_trees_all_equal(u[0], jnp.zeros((5, 7)))
     chex.assert_tree_all_finite((u, after))
     assert np.linalg.norm(u[1]) > 1
+
+
+@pytest.mark.parametrize("moments_dtype", [None, "int8"])
+def test_a_huge_gradient_does_not_stop_galore_for_good(moments_dtype):
+    tx = ng.galore(1e-3, rank=2, update_proj_gap=2, moments_dtype=moments_dtype)
+    update = jax.jit(tx.update)
+    gradients = stream()
+    state = tx.init(gradients[0])
+    gradients[3] = jax.tree.map(lambda g: g * np.float32(1e20), gradients[3])
+    for g in gradients:
+        u, state = update(g, state)
+        chex.assert_tree_all_finite((u, state))
+    for leaf in jax.tree.leaves(u):
+        assert jnp.max(jnp.abs(leaf)) > 1e-5
+
+
+def test_ordinary_gradients_in_float16_are_not_huge():
+    tx = ng.galore(1e-3, rank=2)
+    g = jax.tree.map(lambda x: np.float16(100 * x), stream()[0])
+    u, _ = tx.update(g, tx.init(g))
+    for leaf in jax.tree.leaves(u):
+        assert jnp.max(jnp.abs(leaf)) > 1e-4
 
 
 @pytest.mark.parametrize("policy", ["keep", "rotate", "reset"])

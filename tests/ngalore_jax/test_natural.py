@@ -9,7 +9,7 @@ import pytest
 
 import ngalore_jax as ng
 from ngalore_jax import storage
-from ngalore_jax.natural import rotate_history
+from ngalore_jax.natural import push_through_weights, rotate_history
 from tests.ngalore_jax import reference
 
 SHAPES = [(9, 4), (4, 9), (6, 6), (1, 7), (7, 1)]
@@ -267,6 +267,25 @@ def test_history_stays_where_nothing_moved(policy):
     _, kept, kept_state = moved_step("keep", ROTATION, True)
     chex.assert_trees_all_close(updates, kept, rtol=1e-5)
     chex.assert_trees_all_close(state, kept_state, rtol=1e-5)
+
+
+def test_gradients_that_are_nearly_parallel_stay_solvable():
+    """Rounding of a rotated history's Gram matrix may exceed the damping."""
+    key = jax.random.split(jax.random.key(0), 2)
+    low = jax.random.normal(key[0], (16, 144, 128))
+    whole = low @ jax.random.normal(key[1], (16, 128, 144))
+    tx = ng.natural_galore(1e-3, rank=128, residual=None, history=4, history_dtype=None)
+    update = jax.jit(tx.update)
+    state = tx.init(whole)
+    for size in np.linspace(0.5, 1, 12):
+        updates, state = update(whole * np.float32(size), state)
+        chex.assert_tree_all_finite((updates, state))
+
+
+def test_an_indefinite_gram_matrix_leaves_the_current_gradient():
+    gram = np.float32([[1.0, 1.01], [1.01, 1.0]]) * 1e6
+    weights = push_through_weights(jnp.asarray(gram), jnp.int32(1), 1.0, False)
+    chex.assert_trees_all_close(weights, jnp.array([0.0, 1e-6]), rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -190,6 +190,17 @@ def test_columns_without_gradient_get_none():
         assert np.all(u[:, 3] == 0)
 
 
+def test_a_column_whose_gradient_ends_does_no_harm():
+    """Its energy falls through the numbers whose inverse overflows."""
+    stream = reference.gradients(0, 140, 64, 70)
+    for g in stream[1:]:
+        g[:, 3] = 0
+    updates, states = run(only_residual(ng.compensation(1.0, 0.5)), stream)
+    for u, state in zip(updates[1:], states[1:]):
+        chex.assert_tree_all_finite((u, state))
+        assert np.all(u[:, 3] == 0)
+
+
 def test_a_number_is_the_weight_of_compensation():
     stream = reference.gradients(0, 4, 5, 9)
     by_number, _ = run(only_residual(0.4), stream)

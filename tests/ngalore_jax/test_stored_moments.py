@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ngalore_jax as ng
+from ngalore_jax.moments import rotate_moments
 from ngalore_jax.storage import Codec, Curve, leaves_of, main_part
 from tests.collectives import collectives
 
@@ -237,7 +238,7 @@ def test_a_restored_run_goes_on_bit_for_bit(dtype, tmp_path):
 @pytest.mark.parametrize("moved", [True, jnp.asarray(True)], ids=["bool", "traced"])
 @every_dtype
 def test_rotation_of_the_stored_moments(dtype, moved):
-    """What the next step sees is the rotated value, to the nearest level."""
+    """What the next step sees is the rotated value, to a level beside it."""
     state, g = started(dtype), gradients(5)[4]
     updates, after = update_of(dtype)(g, state, subspace_change=change(moved))
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
@@ -252,6 +253,32 @@ def test_rotation_of_the_stored_moments(dtype, moved):
     chex.assert_trees_all_close(updates["bias"], plain["bias"], rtol=1e-6)
     turned = jnp.abs(updates["w"] - plain["w"])
     assert jnp.max(turned) > 0.1
+
+
+@every_dtype
+def test_moments_that_fall_a_little_at_each_refresh_fall(dtype):
+    """Rotations that shrink: to the nearest level, all would stay as they are."""
+    tx = adam(dtype, b1=0.0, b2=0.0)
+    g = jnp.full((4, 4096), 0.75)
+    change = ng.SubspaceChange(True, jnp.sqrt(0.99) * jnp.eye(4))
+    _, state = tx.update(g, tx.init(g))
+    first, second = (
+        Codec.of(state.mu, 2, Curve.SQUARE),
+        Codec.of(state.nu, 2, Curve.FLOAT),
+    )
+    mu, nu = state.mu, state.nu
+    for count in range(20):
+        mu, nu = rotate_moments(
+            mu,
+            nu,
+            change.rotation,
+            jnp.int32(count),
+            first=first,
+            second=second,
+            salt=0,
+        )
+    fallen = jnp.mean(second.decode(nu, jnp.float32)) / 0.75**2
+    np.testing.assert_allclose(fallen, 0.99**20, rtol=0.01)
 
 
 @every_dtype
