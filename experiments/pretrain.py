@@ -19,7 +19,10 @@ from experiments.command import Command
 from experiments.configs.pretrain import PretrainConfig
 from experiments.data.batches import Share
 from experiments.data.text import Text, load_text
+from experiments.models.llama_checkpoint import save_llama
+from experiments.models.lora import without_adapter
 from experiments.presets import parse
+from experiments.training import distributed
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Plan
 from experiments.training.microbatches import Batch, LossFn
@@ -49,7 +52,29 @@ def prepare(
             config.devices,
             config.optimization.adapter,
         ),
+        finish=make_finish(config, folder, text),
     )
+
+
+def make_finish(
+    config: PretrainConfig, folder: RunFolder, text: Text
+) -> Callable[[optax.Params], None]:
+    """Returns a function that saves a model and its tokenizer as transformers does."""
+    # Of what a document in training has before it and behind it, and how long it gets.
+    facts = {
+        "bos_token_id": text.tokenizer.eos_id,
+        "eos_token_id": text.tokenizer.eos_id,
+        "max_position_embeddings": config.text.sequence_length,
+    }
+
+    def finish(params: optax.Params) -> None:
+        adapter = config.optimization.adapter
+        merged = without_adapter(params, adapter, distributed.fetch)
+        if distributed.is_first():
+            save_llama(folder.model, config.model, merged, facts)
+            text.tokenizer.save(folder.model)
+
+    return finish
 
 
 def load_run_text(
@@ -62,7 +87,7 @@ def load_run_text(
             vocab_size=config.model.vocab_size,
             batch_size=config.run.batch_size,
             # Evaluated in pieces as large as those that training works on.
-            eval_batch_size=config.run.batch_size // config.microbatches,
+            eval_batch_size=config.microbatch_size,
             seed=config.run.seed,
             share=share,
             tokenizer_file=folder.tokenizer,
@@ -114,6 +139,7 @@ def make_report(
         "steps skipped": str(sum(row["skipped"] for row in rows)),
         "loss spikes": str(sum("spike" in row for row in rows)),
         "checkpoint": str(folder.checkpoints / str(last["step"])),
+        "model": f"{folder.model} (of the best evaluation)",
     }
     other = "adamw" if name != "adamw" else "natural_galore"
     program = COMMAND.program

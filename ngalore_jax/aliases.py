@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import optax
 
-from ngalore_jax import sharding
 from ngalore_jax.accumulation import accumulate
 from ngalore_jax.checks import check_at_least
 from ngalore_jax.low_rank import low_rank
@@ -16,11 +15,11 @@ from ngalore_jax.matrices import (
     Side,
     WeightDimensionNumbers,
     resolve_dimension_numbers,
-    work_dtype,
 )
 from ngalore_jax.moments import scale_by_subspace_adam
 from ngalore_jax.natural import scale_by_natural_gradient
 from ngalore_jax.orthogonalized import Orthogonal, orthogonal
+from ngalore_jax.precision import dtypes_kept, in_float32
 from ngalore_jax.projection import finite_or_zero
 from ngalore_jax.projectors import Projector, svd
 from ngalore_jax.residual import Residual
@@ -335,7 +334,7 @@ def _optimizer(
     # As in low_rank: a NaN or an Inf in a leaf's gradient makes it a zero gradient.
     guard = optax.stateless(lambda updates, _: jax.tree.map(finite_or_zero, updates))
     full_rank = optax.chain(
-        _in_float32(full_rank), optax.scale_by_learning_rate(rates["full_rank"])
+        in_float32(full_rank), optax.scale_by_learning_rate(rates["full_rank"])
     )
     if accumulation_steps is not None:
         full_rank = accumulate(full_rank, accumulation_steps)
@@ -356,7 +355,7 @@ def _optimizer(
 
         return choose
 
-    decay = _dtypes_kept(
+    decay = dtypes_kept(
         optax.chain(
             *(
                 optax.add_decayed_weights(
@@ -377,27 +376,6 @@ def _optimizer(
     return optax.chain(optimizer, decay)
 
 
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``inner`` with a state of float32 at least: a bfloat16 average stands still."""
-
-    def init(params: optax.Params) -> optax.OptState:
-        return inner.init(
-            jax.tree.map(
-                lambda x: sharding.zeros(x.shape, work_dtype(x), sharding.spec_of(x)),
-                params,
-            )
-        )
-
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        wide = jax.tree.map(lambda x: x.astype(work_dtype(x)), updates)
-        return inner.update(wide, state)
-
-    return _dtypes_kept(optax.GradientTransformation(init, update))
-
-
 def _product(*factors: Any) -> Any:
     """The product of numbers and schedules, a schedule if one of them is."""
 
@@ -406,21 +384,3 @@ def _product(*factors: Any) -> Any:
         return math.prod(values)
 
     return at if any(map(callable, factors)) else at(None)
-
-
-def _dtypes_kept(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """``inner``, whose float32 state or schedules would make updates float32."""
-    inner = optax.with_extra_args_support(inner)
-
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        new, state = inner.update(updates, state, params, **extra_args)
-        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, updates), state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -66,9 +66,9 @@ def subspace_iteration(iterations: int = 1, seed: int = 0) -> Projector:
       P \leftarrow \mathrm{qr}\left(G (G^\top P)\right), \quad R_{jj} > 0
 
     with :math:`\Omega` a standard Gaussian, drawn from the seed and the step, so that
-    a gradient orthogonal to the old basis is found too. Each iterate has 1e-6 of the old
-    basis added, beside a largest entry of about 1: directions whose singular value is
-    below some 1/500 of the largest stay where they are. The sign convention on the
+    a gradient orthogonal to the old basis is found too. Each iterate has 1e-6 of the
+    old basis added, beside a largest entry of about 1: directions whose singular value
+    is below some 1/500 of the largest stay where they are. The sign convention on the
     triangular factor makes the columns continuous from one refresh to the next. A
     matrix that has had no refresh yet starts from the Gaussian alone, with seven
     further iterations. Nothing larger than ``(r, r)`` is factorised and the rest is

@@ -41,6 +41,7 @@ class Text:
       batches: Endless training batches, this process' rows.
       validation: This process' rows of the validation batches, always the same.
       bytes_per_token: UTF-8 bytes per target of the validation batches.
+      tokenizer: What has made the tokens.
       identity: Fingerprints of text and tokenizer.
       summary: JSON-able facts on what is read, for people.
     """
@@ -48,6 +49,7 @@ class Text:
     batches: Batches
     validation: list[Batch]
     bytes_per_token: float
+    tokenizer: Tokenizer
     identity: dict[str, str]
     summary: Mapping[str, Any]
 
@@ -97,7 +99,14 @@ def load_text(
         "text": loaded.summary["fingerprint"],
         "tokenizer": loaded.tokenizer.fingerprint,
     }
-    return Text(loaded.batches, validation, bytes_per_token, identity, loaded.summary)
+    return Text(
+        batches=loaded.batches,
+        validation=validation,
+        bytes_per_token=bytes_per_token,
+        tokenizer=loaded.tokenizer,
+        identity=identity,
+        summary=loaded.summary,
+    )
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,10 @@ class Tokenizer(Protocol):
         """Return the text of ``ids``, special tokens left out."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's file beside a model, under its usual name."""
+        ...
+
 
 def train_bpe(texts: Sequence[str], vocab_size: int, cache: Path) -> Tokenizer:
     """Train a byte-level BPE on ``texts``, or reuse the one that was trained before.
@@ -185,6 +189,7 @@ class _HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._data = data
         ids = [self._tokenizer.token_to_id(token) for token in _KNOWN_EOS]
         known = [token_id for token_id in ids if token_id is not None]
         if not known:
@@ -207,6 +212,10 @@ class _HuggingFaceTokenizer:
         """Return the text of ``ids``, special tokens left out."""
         return self._tokenizer.decode(list(ids))
 
+    def save(self, folder: Path) -> None:
+        """Write ``tokenizer.json``."""
+        (folder / "tokenizer.json").write_bytes(self._data)
+
 
 class _SentencePieceTokenizer:
     """A SentencePiece model as a ``Tokenizer``."""
@@ -221,6 +230,7 @@ class _SentencePieceTokenizer:
                 f"{path} is neither a tokenizer.json nor a SentencePiece model "
                 f"({error})."
             ) from error
+        self._data = data
         self.eos_id: int = self._processor.eos_id()
         if self.eos_id < 0:
             raise ValueError(
@@ -237,6 +247,10 @@ class _SentencePieceTokenizer:
         """Return the text of ``ids``, special tokens left out."""
         # The processor takes Python integers only.
         return self._processor.decode([int(token) for token in ids])
+
+    def save(self, folder: Path) -> None:
+        """Write ``tokenizer.model``."""
+        (folder / "tokenizer.model").write_bytes(self._data)
 
 
 def _train(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

@@ -166,6 +166,11 @@ class Checkpointer:
             + "; ".join(f"{step}: {why}" for step, why in damaged.items())
         )
 
+    @property
+    def has_best(self) -> bool:
+        """Whether a checkpoint has had an evaluation that was finite."""
+        return self._best.best(self._manager.all_steps()) is not None
+
     def best(self, state: TrainState) -> TrainState:
         """Returns the best checkpoint's state; of those that can be read, with a word.
 

@@ -20,6 +20,7 @@ from experiments.configs.optimizer import OptimizerConfig, Others, StorageDtype
 from experiments.models import lora
 from experiments.training import variants
 from experiments.training.relora import jagged, relora
+from ngalore_jax.precision import in_float32
 
 # A matrix is the last two axes; an axis in front of them counts layers.
 _MUON_AXES = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -65,10 +66,11 @@ def build_optimizer(
     method = _METHODS[config.optimizer](config, schedule, **more)
     given = config.adam_learning_rate
     others_rate = learning_rate if given is None else given
-    adam = optax.adam(
-        learning_rate_schedule(config, others_rate, steps),
-        b1=config.b1,
-        b2=config.b2,
+    adam = optax.chain(
+        _scale_by_adam(config),
+        optax.scale_by_learning_rate(
+            learning_rate_schedule(config, others_rate, steps)
+        ),
     )
     if accumulates:
         adam = optax.MultiSteps(adam, accumulation_steps).gradient_transformation()
@@ -145,7 +147,7 @@ def adamw_state_bytes(params: optax.Params) -> int:
     With adapters it is that of the model without: what they are to be compared with.
     """
     base = jax.eval_shape(functools.partial(lora.merge, scale=1.0), params)
-    return ng.state_bytes(jax.eval_shape(optax.adamw(1e-3).init, base))
+    return ng.state_bytes(jax.eval_shape(in_float32(optax.adamw(1e-3)).init, base))
 
 
 def per_layer(
@@ -184,14 +186,18 @@ def _stored(dtype: StorageDtype) -> str | None:
     return None if dtype == "float32" else dtype
 
 
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam, with moments as wide as those of the library's methods."""
+    return in_float32(optax.scale_by_adam(b1=config.b1, b2=config.b2))
+
+
 def _adamw(
     config: OptimizerConfig, learning_rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    return optax.adamw(
-        learning_rate,
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
+    return optax.chain(
+        _scale_by_adam(config),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 
@@ -363,7 +369,7 @@ def _relora(
     config: OptimizerConfig, learning_rate: optax.Schedule, gap: int
 ) -> optax.GradientTransformation:
     direction = optax.chain(
-        optax.scale_by_adam(b1=config.b1, b2=config.b2),
+        _scale_by_adam(config),
         optax.add_decayed_weights(config.weight_decay),
     )
     return relora(direction, learning_rate, gap=gap, scale=config.adapter.scale)

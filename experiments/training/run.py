@@ -65,7 +65,8 @@ class Job:
         rank: Of the metrics of an evaluation, for its checkpoint: lower is better.
         pretrained: Returns parameters like the given ones with values to start from.
             None: training starts from initial ones.
-        finish: Takes the best checkpoint's parameters when the run is at its end.
+        finish: Takes the best checkpoint's parameters when the run is at its end; not
+            called if no evaluation was finite.
     """
 
     parts: Parts
@@ -223,7 +224,11 @@ def _carry_out(
         earlier=earlier,
         throughput=job.throughput,
     )
-    if outcome.stopped_by is None and job.finish is not None:
+    if outcome.stopped_by is not None or job.finish is None:
+        return outcome
+    if not checkpointer.has_best:
+        report("No evaluation was finite: there is no best model to go on with.")
+    else:
         last = abstract_like(outcome.state)
         job.finish(checkpointer.best(outcome.state).params)
         outcome = dataclasses.replace(outcome, state=last)

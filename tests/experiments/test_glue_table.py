@@ -216,7 +216,9 @@ def test_methods_on_other_data_or_models_are_no_comparison(make, capsys):
 def test_a_study_of_another_kind_is_not_reported(make, tmp_path, capsys):
     assert make("--tasks", "sst2") == 0
     assert report.main([str(tmp_path / "table")]) == 1
-    assert "is of another kind, glue, not study or sensitivity" in capsys.readouterr().err
+    assert (
+        "is of another kind, glue, not study or sensitivity" in capsys.readouterr().err
+    )
 
 
 def test_the_fingerprint_of_a_task_is_of_its_examples_and_weights(tmp_path):

@@ -15,10 +15,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import command, kill_test
+from experiments import command, kill_test, pretrain
 from experiments.data.hub import UnreachableError
 from experiments.data.text_files import TextError
 from experiments.files import alone
+from experiments.models.functional import functional_llama
+from experiments.models.llama_checkpoint import load_llama, read_llama_config
 from experiments.presets import parse, preset
 from experiments.pretrain import main
 from experiments.training.checkpoint import BucketError, SaveError
@@ -94,6 +96,34 @@ def test_a_run_leaves_all_that_explains_it(straight, texts):
         assert part in report
     assert (straight / "loss.png").stat().st_size > 1000
     assert (straight / "checkpoints" / str(STEPS)).is_dir()
+
+
+def test_the_model_of_the_best_evaluation_is_saved_as_transformers_has_it(straight):
+    saved = straight / "model"
+    config = read_llama_config(saved)
+    facts = json.loads((saved / "config.json").read_text())
+    assert (facts["bos_token_id"], facts["max_position_embeddings"]) == (0, 16)
+    tokenizer = (straight / "tokenizer.json").read_bytes()
+    assert (saved / "tokenizer.json").read_bytes() == tokenizer
+    init_params, _ = functional_llama(config)
+    params = load_llama(saved, config, jax.eval_shape(init_params, jax.random.key(0)))
+    there = load(straight, STEPS)  # the only checkpoint
+    for leaf in jax.tree.leaves(params):
+        assert any(
+            leaf.shape == other.shape and np.array_equal(leaf, other) for other in there
+        )
+
+
+def test_a_run_that_was_never_finite_ends_without_a_model(
+    texts, tmp_path, monkeypatch, capsys
+):
+    names = ("loss", "perplexity", "bits_per_byte")
+    found = {f"validation_{name}": np.nan for name in names}
+    monkeypatch.setattr(pretrain, "make_validation", lambda *_: lambda params: found)
+    assert main(arguments(texts, tmp_path)) == 0
+    assert not (tmp_path / "model").exists()
+    assert "No evaluation was finite" in capsys.readouterr().out
+    assert "nan" in (tmp_path / "report.md").read_text()
 
 
 def test_a_folder_is_one_runs_at_a_time(straight, texts, capsys):

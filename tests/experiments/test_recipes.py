@@ -24,7 +24,7 @@ case "$*" in
   "storage ls "*) test -e "$STAND_IN/bucket/${3#gs://}" ;;
   "storage cat "*) cat "$STAND_IN/bucket/${3#gs://}" ;;
   "storage rm "*) rm "$STAND_IN/bucket/${3#gs://}" ;;
-  "storage rsync "*) test -e "$STAND_IN/synced" || { touch "$STAND_IN/synced"; false; } ;;
+  "storage rsync "*) ! mkdir "$STAND_IN/failed" 2>/dev/null ;;
   "storage cp gs://"*) cp "$STAND_IN/bucket/${3#gs://}" "$4" ;;
   "storage cp --no-clobber "*) cp -n "$4" "$STAND_IN/bucket/${5#gs://}" ;;
   "storage cp - "*)

@@ -330,3 +330,16 @@ def test_per_layer_merges_what_it_split():
     assert [leaf.shape for leaf in jax.tree.leaves(state)] == [(3, 4)] * 3
     np.testing.assert_array_equal(updates["stack"], 2 * tree["stack"])
     np.testing.assert_array_equal(updates["flat"], 2 * tree["flat"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "galore"])
+def test_moments_of_bfloat16_parameters_are_float32(name):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params())
+    tx = build_optimizer(config_of(name), learning_rate=1e-2, steps=STEPS)
+    state = tx.init(params)
+    floats = [
+        x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    assert floats and all(x.dtype == jnp.float32 for x in floats)
+    updates, _ = tx.update(params, state, params)
+    chex.assert_trees_all_equal_dtypes(updates, params)
