@@ -1,1 +1,1 @@
-"""Experiments that use ngalore_jax: pretraining, comparison, later fine-tuning."""
+"""Experiments that use ngalore_jax: pretraining, comparison, fine-tuning."""

@@ -124,7 +124,7 @@ def natural_galore(
       basis_dtype: Likewise of the bases.
       side: Side of each matrix that is projected.
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
-      accumulation_steps: Microbatches a step, None for one; see
+      accumulation_steps: Microbatches per step, None for one; see
         :func:`ngalore_jax.low_rank`. Only without a residual.
 
     Returns:
@@ -137,9 +137,9 @@ def natural_galore(
       ValueError: If an argument is outside its range, or a rank exceeds a side.
 
     Memory:
-      ``4 m r + (8 + s) r n + 2 s n + 4 s^2 + (m + 2) n`` bytes a projected matrix, side
-      ``m`` projected, in float32 but for the history and, the last term, the momentum
-      outside; and twice the size of any other leaf.
+      ``4 m r + (8 + s) r n + 2 s n + 4 s^2 + (m + 2) n`` bytes per projected matrix,
+      side ``m`` projected, in float32 but for the history and, the last term, the
+      momentum outside; and twice the size of any other leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, ngalore_jax as ng
@@ -247,7 +247,7 @@ def galore(
       basis_dtype: Likewise of the bases.
       side: Side of each matrix that is projected.
       clip_rank: Use the smaller side where ``rank`` exceeds it, instead of an error.
-      accumulation_steps: Microbatches a step, None for one; see
+      accumulation_steps: Microbatches per step, None for one; see
         :func:`ngalore_jax.low_rank`. Only without a residual.
 
     Returns:
@@ -260,7 +260,7 @@ def galore(
       ValueError: If an argument is outside its range, or a rank exceeds a side.
 
     Memory:
-      ``m r + 2 r n`` elements a projected matrix, side ``m`` projected.
+      ``m r + 2 r n`` elements per projected matrix, side ``m`` projected.
 
     Example:
       >>> import jax.numpy as jnp, ngalore_jax as ng

@@ -232,11 +232,11 @@ class ProjectedLeaf:
         return sharding.leaf_specs(self.view, leaf)
 
     def _codec(self, leaf: Any) -> storage.Codec:
-        """How the basis is stored: in int8 with a scale a row."""
+        """How the basis is stored: in int8 with one scale per row."""
         return storage.Codec(self.basis_dtype or work_dtype(leaf), axes=(-1,))
 
     def _momentum_codec(self, residual: Orthogonal, leaf: Any) -> storage.Codec:
-        """How a residual's momentum is stored: in int8 with a scale a column."""
+        """How a residual's momentum is stored: in int8 with one scale per column."""
         axes = tuple(axis - len(self.view.shape) for axis in self.view.projected)
         dtype = residual.momentum_dtype or work_dtype(leaf)
         return storage.Codec(dtype, storage.Curve.SQUARE, axes)

@@ -109,7 +109,7 @@ def low_rank(
       basis_dtype: Storage dtype of the bases: a float dtype, ``"int8"`` with one scale
         per row (:mod:`ngalore_jax.storage`), or None for float32 (float64 leaves:
         float64).
-      accumulation_steps: Microbatches a step, as in ``optax.MultiSteps``; None: each
+      accumulation_steps: Microbatches per step, as in ``optax.MultiSteps``; None: each
         gradient is a whole one. ``update`` takes a microbatch's gradient and returns
         zeros but for the last one's. Projected gradients add up, ``r n`` elements a
         matrix, so nothing of size ``m n`` is kept between calls. ``update_proj_gap``
@@ -136,7 +136,7 @@ def low_rank(
         fit a leaf.
 
     Memory:
-      ``m r`` elements a matrix, ``r n + r r`` with accumulation, the residual's (its
+      ``m r`` elements per matrix, ``r n + r r`` with accumulation, the residual's (its
       rule tells) and ``inner``'s state.
 
     Example:

@@ -244,7 +244,7 @@ def default_dimension_numbers(params: optax.Params) -> optax.Params:
     biases.
 
     Returns:
-      A tree like ``params`` with a :class:`MatrixDimensionNumbers` or None a leaf.
+      A tree like ``params`` with a :class:`MatrixDimensionNumbers` or None per leaf.
 
     Example:
       >>> import jax, ngalore_jax as ng

@@ -71,7 +71,7 @@ def scale_by_subspace_adam(
         of the above, or a concrete number is outside its range.
 
     Memory:
-      ``2 r n`` elements a matrix; ``2 (r + 2) n`` bytes with ``"int8"``.
+      ``2 r n`` elements per matrix; ``2 (r + 2) n`` bytes with ``"int8"``.
 
     Example:
       >>> import jax, ngalore_jax as ng

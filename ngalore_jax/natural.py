@@ -103,8 +103,8 @@ def scale_by_natural_gradient(
         ``at_refresh`` or ``history_dtype`` is none of the above.
 
     Memory:
-      ``s r n + s^2`` elements a matrix; ``s (r + 2) n`` bytes and ``s^2`` elements with
-      ``"int8"``.
+      ``s r n + s^2`` elements per matrix; ``s (r + 2) n`` bytes and ``s^2`` elements
+      with ``"int8"``.
 
     Example:
       >>> import jax.numpy as jnp, ngalore_jax as ng

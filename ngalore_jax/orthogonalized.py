@@ -72,8 +72,8 @@ def orthogonal(
       ValueError: If an argument is outside its range.
 
     Memory:
-      ``m n + 2 n`` bytes a matrix in int8; of a square one that is a third of GaLore's
-      ``4 (m r + 2 r n)`` at the published rank ``m / 4``.
+      ``m n + 2 n`` bytes per matrix in int8; of a square one that is a third of
+      GaLore's ``4 (m r + 2 r n)`` at the published rank ``m / 4``.
 
     References:
       Jordan et al., Muon, 2024 (https://kellerjordan.github.io/posts/muon/).

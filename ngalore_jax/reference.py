@@ -115,7 +115,7 @@ def reference(
         a schedule comes with online factors and no ``factor_learning_rate``.
 
     Memory:
-      ``sum_k n_k r_k + (2 + s) prod_k r_k + s^2`` elements a tensor, without ``s`` in
+      ``sum_k n_k r_k + (2 + s) prod_k r_k + s^2`` elements per tensor, without ``s`` in
       the modes that have no Fisher, ``3 sum_k n_k r_k`` where factors are online; twice
       the size of any other leaf.
 

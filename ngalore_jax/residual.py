@@ -1,7 +1,7 @@
 r"""The gradient outside the subspace, put back.
 
 What projection drops, ``G - P R``, is a full-rank matrix that needs no state to
-carry. A residual rule gives it one weight a column:
+carry. A residual rule gives it one weight per column:
 
 .. math::
   U = \alpha \left(P N + (G - P R)\, \mathrm{diag}(d)\right)
@@ -95,7 +95,7 @@ def compensation(
       ValueError: If a number is outside its range.
 
     Memory:
-      ``n + 1`` elements a matrix.
+      ``n + 1`` elements per matrix.
 
     References:
       Gong et al., 2025 (arXiv 2502.07752), section 4.3; Chen et al., Fira, 2024
@@ -136,7 +136,7 @@ def fira(
       ValueError: If a number is outside its range.
 
     Memory:
-      1 element a matrix.
+      1 element per matrix.
 
     References:
       Chen et al., Fira, 2024 (arXiv 2410.01623), equations 6 to 8.

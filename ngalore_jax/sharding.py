@@ -7,7 +7,7 @@ matrix axes, anything ``(..., r, n)`` also keeps the sharding of ``n``. So with 
 side ``n`` sharded (FSDP on the side that is not projected), projection, Adam, the
 natural gradient and the projection back run on local shards. Where ``m`` is sharded
 instead, as when ``n`` does not divide, ``r`` is sharded like it, if it divides: the
-state is as small, and a step sends ``2 r n`` numbers a matrix.
+state is as small, and a step sends ``2 r n`` numbers per matrix.
 
 The matrix maths itself runs with automatic axes, its outputs pinned to those
 types: factorisations are not defined on explicitly sharded operands. A refresh moves
@@ -29,7 +29,7 @@ Spec = jax.sharding.PartitionSpec
 
 
 def spec_of(x: Any) -> Spec:
-    """Explicit partition spec of an array or ShapeDtypeStruct, an entry an axis."""
+    """Explicit partition spec of an array or ShapeDtypeStruct, an entry per axis."""
     spec = jax.typeof(x).sharding.spec
     return Spec(*spec, *[None] * (len(x.shape) - len(spec)))
 

@@ -1,4 +1,4 @@
-r"""State in few bytes: bfloat16, or int8 with a scale a block.
+r"""State in few bytes: bfloat16, or int8 with one scale per block.
 
 A :class:`Codec` turns an array into what a state holds, and back. Three curves say what
 an integer :math:`q` stands for in a block of scale :math:`s`:
@@ -187,7 +187,7 @@ class Codec:
         )
 
     def specs(self, spec: sharding.Spec) -> Any:
-        """Shardings of the parts, from the array's with an entry an axis."""
+        """Shardings of the parts, from the array's with an entry per axis."""
         if self.dtype != _INT8:
             return spec
         kept = self._kept(len(spec))

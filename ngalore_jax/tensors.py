@@ -69,7 +69,7 @@ def default_mode_axes(params: optax.Params) -> optax.Params:
     three dimensions is a batch of matrices; one of four or more is one tensor.
 
     Returns:
-      A tree like ``params`` with a tuple of axes or None a leaf.
+      A tree like ``params`` with a tuple of axes or None per leaf.
     """
 
     def axes(leaf: Any, spec: Any) -> tuple[int, ...] | None:

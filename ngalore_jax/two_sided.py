@@ -29,7 +29,7 @@ class TwoSidedState(NamedTuple):
     """State of :func:`two_sided`."""
 
     count: jax.Array  # () int32
-    # (..., n_k, r_k): a tree a mode k, MaskedNode() for a leaf of fewer modes
+    # (..., n_k, r_k): one tree per mode k, MaskedNode() for a leaf of fewer modes
     factors: tuple[optax.Updates, ...]
     inner: optax.OptState
     drift: optax.OptState  # AdamW's of the factors; empty unless they are online
@@ -154,7 +154,7 @@ def two_sided(
 
 
 def _by_mode(treedef: Any, leaves: list[Factors]) -> tuple[optax.Updates, ...]:
-    """Factors of leaves as a tree a mode; of no leaves, the tree as it is.
+    """Factors of leaves as one tree per mode; of no leaves, the tree as it is.
 
     So `optax.tree.map_params` finds what it puts in the place of the parameters.
     """

@@ -30,7 +30,7 @@ PeerName = Literal[
 ]
 
 _PROGRAM = "python -m experiments.bench"
-# Sequences a step of a published size on a CPU: seconds instead of half an hour. An
+# Sequences per step of a published size on a CPU: seconds instead of half an hour. An
 # optimizer's share of the step is then larger than in a real run.
 _CPU_BATCH_SIZE = 8
 
@@ -57,7 +57,7 @@ class BenchConfig:
         repeats: Rounds in which every optimizer is timed once; at most three for
             refreshes, training steps of a published size and whatever takes seconds.
         dtypes: Formats of parameters and gradients.
-        layouts: list: a leaf a layer. stacked: one for all layers.
+        layouts: list: one leaf per layer. stacked: one for all layers.
         optimizers: Who takes part. The last two only where they are installed:
             eleuther_galore from github.com/EleutherAI/optax-galore, torch_galore from
             galore-torch (update and refresh, list and float32 only).

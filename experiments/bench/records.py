@@ -17,8 +17,8 @@ class Row:
         part: Part of the bench that measured it.
         shapes: Whose matrices: a preset's name.
         optimizer: Name of the optimizer, as `optimizers.py` gives it.
-        layout: "list" (a leaf a layer), "stacked" (a leaf for all layers) or "model"
-            (the whole model as it is trained).
+        layout: "list" (one leaf per layer), "stacked" (one leaf for all layers) or
+            "model" (the whole model as it is trained).
         dtype: Format of parameters and gradients.
         figures: Results by name; the name says the unit.
         samples: What was measured, by name: seconds a call unless it says otherwise.

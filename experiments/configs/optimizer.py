@@ -96,7 +96,7 @@ class OptimizerConfig:
             subspace chosen anew or, online, moved a little every step (reference).
         residual: What becomes of the gradient outside the subspace: its columns are
             scaled by their energy over time (compensation) or as the optimizer scales
-            them inside (fira), or its momentum, a byte an element, is orthogonalised
+            them inside (fira), or its momentum, one byte per element, is orthogonalised
             as by Muon (orthogonal). None: it is dropped, as published (galore,
             natural_galore).
         residual_weight: Factor on it (the same two).

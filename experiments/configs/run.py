@@ -15,10 +15,10 @@ class RunConfig:
     """How it runs, and where it is kept.
 
     Attributes:
-        batch_size: Sequences a step.
+        batch_size: Sequences per step.
         microbatches: Pieces that a batch is worked off in, to save memory of
             activations; evaluations work on one at a time, too. None: as few as keep
-            a piece at --rows-at-once sequences a device.
+            a piece at --rows-at-once sequences per device.
         rows_at_once: Sequences of a piece on a device, at most, where --microbatches
             is None.
         seed: Seed of the parameters and of the order of the data.

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
     import datasets
@@ -14,6 +14,7 @@ from experiments.data.tokenizer import TOKENIZER_SETTINGS
 from experiments.errors import PassingError
 
 Report = Callable[[str], None]
+T = TypeVar("T")
 
 # The dataset's repository may change under a run that takes a month; a commit does
 # not. This one holds English C4, version 3.0.1.
@@ -25,6 +26,8 @@ _WAYS = (
     "Check the network (HTTPS_PROXY, HF_ENDPOINT), or give files that are here "
     "(--data, --tokenizer, --model.name)."
 )
+# Seconds to go on trying where a user waits for the start of a run.
+_PATIENCE = 60.0
 # Seconds between two tries, doubled from one to the next.
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 # No pickle, and no code.
@@ -56,23 +59,15 @@ def t5_tokenizer(report: Report, patience: float) -> Path:
     """
     import huggingface_hub
 
-    quiet_hub()
-    retries = Retries("hf://google-t5/t5-base/spiece.model", report, patience)
-    while True:
-        try:
-            path = huggingface_hub.hf_hub_download("google-t5/t5-base", "spiece.model")
-            return Path(path)
-        except network_errors() as error:
-            retries.wait_or_raise(error)
+    def get() -> Path:
+        path = huggingface_hub.hf_hub_download("google-t5/t5-base", "spiece.model")
+        return Path(path)
+
+    return _persist("hf://google-t5/t5-base/spiece.model", get, report, patience)
 
 
 def dataset_split(
-    repository: str,
-    revision: str,
-    name: str,
-    split: str,
-    report: Report,
-    patience: float = 60,
+    repository: str, revision: str, name: str, split: str, report: Report
 ) -> "datasets.Dataset":
     """Return a split of a dataset, kept in the library's own cache.
 
@@ -82,44 +77,40 @@ def dataset_split(
       name: Of the dataset within it.
       split: Name of the split.
       report: Takes a line for the user before each wait.
-      patience: Seconds to go on trying.
 
     Raises:
       TextError: It is not in that cache, and the hub cannot be reached.
     """
     import datasets
 
-    quiet_hub()
-    retries = Retries(f"hf://datasets/{repository}", report, patience)
-    broken = (*network_errors(), datasets.exceptions.DatasetsError)
-    while True:
-        try:
-            return datasets.load_dataset(
-                repository, name, split=split, revision=revision
-            )
-        except broken as error:
-            retries.wait_or_raise(error, f" ({name}, {split})")
+    def get() -> datasets.Dataset:
+        return datasets.load_dataset(repository, name, split=split, revision=revision)
+
+    return _persist(
+        f"hf://datasets/{repository}",
+        get,
+        report,
+        where=f" ({name}, {split})",
+        broken=(datasets.exceptions.DatasetsError,),
+    )
 
 
-def model_folder(name: str, report: Report, patience: float = 60) -> Path:
+def model_folder(name: str, report: Report) -> Path:
     """Return the folder of a model: `name` itself, or the hub's, kept in its cache.
 
     Args:
       name: A folder, or a name on the hub: OWNER/MODEL.
       report: Takes a line for the user before each wait.
-      patience: Seconds to go on trying.
 
     Raises:
       TextError: There is no such folder, and no such model in the cache or on the hub.
     """
-    return _folder(name, "model", _MODEL_FILES, report, patience)
+    return _folder(name, "model", _MODEL_FILES, report)
 
 
-def dataset_folder(
-    name: str, files: Sequence[str], report: Report, patience: float = 60
-) -> Path:
+def dataset_folder(name: str, files: Sequence[str], report: Report) -> Path:
     """Return the folder of a dataset's files; as of `model_folder`."""
-    return _folder(name, "dataset", files, report, patience)
+    return _folder(name, "dataset", files, report)
 
 
 def _folder(
@@ -127,7 +118,6 @@ def _folder(
     kind: Literal["model", "dataset"],
     files: Sequence[str],
     report: Report,
-    patience: float,
 ) -> Path:
     import huggingface_hub
 
@@ -139,18 +129,35 @@ def _folder(
             f"{name} is no folder (seen from {Path.cwd()}), nor a {kind}'s name on the "
             f"hub, which is OWNER/{kind.upper()}."
         )
-    quiet_hub()
     place = "" if kind == "model" else "datasets/"
-    retries = Retries(f"hf://{place}{name}", report, patience)
+
+    def get() -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, repo_type=kind, allow_patterns=list(files)
+            )
+        )
+
+    return _persist(f"hf://{place}{name}", get, report)
+
+
+def _persist(
+    what: str,
+    get: Callable[[], T],
+    report: Report,
+    patience: float = _PATIENCE,
+    *,
+    where: str = "",
+    broken: tuple[type[Exception], ...] = (),
+) -> T:
+    """Return what `get` does, which the hub, or what else is `broken`, may hinder."""
+    quiet_hub()
+    retries = Retries(what, report, patience)
     while True:
         try:
-            return Path(
-                huggingface_hub.snapshot_download(
-                    name, repo_type=kind, allow_patterns=list(files)
-                )
-            )
-        except network_errors() as error:
-            retries.wait_or_raise(error)
+            return get()
+        except (*network_errors(), *broken) as error:
+            retries.wait_or_raise(error, where)
 
 
 def quiet_hub() -> None:

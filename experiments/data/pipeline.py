@@ -30,7 +30,7 @@ def train_batches(
 
     Args:
       tokens: The training text.
-      batch_size: B, sequences a batch of all processes together.
+      batch_size: B, sequences per batch of all processes together.
       sequence_length: T, targets a sequence.
       seed: Seed of the order, not negative.
       kind: Treatment of documents (see `sequences`).
@@ -85,7 +85,7 @@ def validation_batches(
 
     Args:
       tokens: The validation text.
-      batch_size: B, sequences a batch of all processes together.
+      batch_size: B, sequences per batch of all processes together.
       sequence_length: T, targets a sequence.
       max_tokens: Targets to use; all of them if there are fewer, or with None.
       kind: Treatment of documents (see `sequences`).

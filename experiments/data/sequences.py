@@ -1,6 +1,6 @@
 """How documents become the rows of a batch.
 
-Shapes: B sequences a batch, T targets a sequence. A batch is a dictionary of
+Shapes: B sequences per batch, T targets a sequence. A batch is a dictionary of
 
 * ``"tokens"``: (B, T + 1) int32; inputs are ``[:, :-1]``, targets ``[:, 1:]``.
 * ``"weights"``: (B, T) float32; 1 for a target that counts, 0 for one that does not.

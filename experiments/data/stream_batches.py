@@ -33,6 +33,8 @@ from experiments.data.tokenizer import Tokenizer
 
 # Batches that are read ahead.
 _AHEAD = 2
+# Seconds to go on trying where nothing can be read.
+_PATIENCE = 300.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ class Source:
       token_cache: Folder that keeps them. None: they are not kept.
       on_bad_input: Whether what cannot be read raises, or ends its shard.
       block: Rows of a stream in one batch.
-      patience: Seconds to go on trying where nothing can be read.
     """
 
     streams: Streams
@@ -53,7 +54,6 @@ class Source:
     token_cache: Path | None
     on_bad_input: OnBadInput
     block: int
-    patience: float = 300.0
 
     def blocks(
         self, stream: int, position: Position, report: Report
@@ -63,7 +63,7 @@ class Source:
         if self.token_cache is not None:
             cache = TokenCache(self.token_cache, report)
         reader = DocumentReader(
-            self.tokenizer, cache, self.on_bad_input, report, self.patience
+            self.tokenizer, cache, self.on_bad_input, report, _PATIENCE
         )
         rows = self.streams.rows(stream, position, reader)
         while True:

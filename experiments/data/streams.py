@@ -139,7 +139,7 @@ class Streams:
 def cut_documents(
     documents: Iterator[tuple[Start, np.ndarray]], offset: int, streams: Streams
 ) -> Iterator[tuple[Batch, Start]]:
-    """Yield one row a document, and the place behind it."""
+    """Yield one row per document, and the place behind it."""
     for start, elements in documents:
         if len(elements) > max(1, offset):
             row = make_row(elements[: streams.length + 1], streams.length)

@@ -70,8 +70,8 @@ def load_text(
     Args:
       settings: What is read and how.
       vocab_size: Tokens of the model, for which the tokenizer may not be too large.
-      batch_size: Sequences a training batch of all processes together.
-      eval_batch_size: Sequences a validation batch, likewise.
+      batch_size: Sequences per training batch of all processes together.
+      eval_batch_size: Sequences per validation batch, likewise.
       seed: Seed of the order.
       share: The rows that this process provides.
       tokenizer_file: Where a tokenizer that is trained on the text is kept.

@@ -164,7 +164,7 @@ def json_text(line: bytes, where: str) -> str:
         raise BadInputError(
             "line that is not JSON",
             where,
-            f"{error}. A JSON-lines file holds one object a line.",
+            f"{error}. A JSON-lines file holds one object per line.",
         ) from error
     document = value.get("text") if isinstance(value, dict) else None
     if not isinstance(document, str):

@@ -1,7 +1,7 @@
 """What a run on a task of GLUE trains, and how it is judged."""
 
 import dataclasses
-import shutil
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,40 +12,39 @@ import optax
 from rich.console import Console
 
 from experiments.assembly import make_parts
-from experiments.configs.glue import EncoderModelConfig, GlueConfig
-from experiments.configs.run import MeshConfig, TrainingConfig
+from experiments.configs.glue import GlueConfig
 from experiments.data import glue
 from experiments.data.example_batches import (
     Encoded,
     TrainingExamples,
     encode,
-    evaluation_batches,
 )
 from experiments.data.glue import Split, Task, TaskName
 from experiments.data.hub import model_folder
 from experiments.data.tokenizer import (
     check_tokens,
-    copy_tokenizer_settings,
     load_model_tokenizer,
 )
-from experiments.models import huggingface, lora
+from experiments.encoders import (
+    Apply,
+    encoder_config,
+    example_loss,
+    make_predict,
+    save_model,
+)
+from experiments.models import huggingface
 from experiments.models.encoder import functional_encoder
 from experiments.models.encoder_checkpoint import (
     Labels,
     load_encoder,
-    read_encoder_config,
-    save_encoder,
 )
 from experiments.models.encoder_config import EncoderConfig
 from experiments.training import distributed
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Plan
-from experiments.training.microbatches import Batch, LossFn
+from experiments.training.microbatches import LossFn
 from experiments.training.run import Job, Layout, reporter
 from experiments.training.step_log import Row
-
-Apply = Callable[..., jax.Array]
-_INPUTS = ("tokens", "lengths", "types")  # of a batch, to the encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +96,12 @@ def prepare(
 
     return Job(
         parts=make_parts(
-            config, plan.steps, init_params, example_loss(apply, task), unit="examples"
+            config, plan.steps, init_params, make_loss(apply, task), unit="examples"
         ),
         plan=plan,
         batches=batches,
         evaluate=evaluate,
-        rank=lambda row: -row[f"validation_{task.metrics[0]}"],
+        objective=lambda row: -row[f"validation_{task.metrics[0]}"],
         fingerprints=facts,
         data={"examples": {"train": len(texts.train.tokens), "fingerprints": facts}},
         throughput=lambda examples, seconds: {
@@ -117,36 +116,6 @@ def labels_of(name: TaskName) -> Labels:
     """Returns what the outputs of a task's head stand for."""
     # A score has the name that transformers gives to it.
     return Labels(name, glue.TASKS[name].classes or ("LABEL_0",))
-
-
-def encoder_config(
-    wanted: EncoderModelConfig, max_length: int, mesh: MeshConfig, folder: Path
-) -> EncoderConfig:
-    """Returns the shape of the encoder in a folder, with a run's settings.
-
-    Raises:
-        ValueError: It has fewer positions than examples may have tokens, or heads that
-            the mesh does not divide.
-    """
-    shape = read_encoder_config(folder)
-    shape = dataclasses.replace(
-        shape,
-        dropout=shape.dropout if wanted.dropout is None else wanted.dropout,
-        param_dtype=wanted.param_dtype,
-        dtype=wanted.dtype,
-        remat=wanted.remat,
-    )
-    if max_length > shape.max_length:
-        raise ValueError(
-            f"--max-length {max_length} is more than the "
-            f"{shape.max_length} positions of {wanted.name}: give at most that."
-        )
-    if shape.num_heads % mesh.tensor:
-        raise ValueError(
-            f"--mesh.tensor {mesh.tensor} must divide the {shape.num_heads} "
-            f"heads of {wanted.name}."
-        )
-    return shape
 
 
 def read_texts(
@@ -195,16 +164,9 @@ def read_texts(
     return Texts(train, validation, test), facts
 
 
-def example_loss(apply: Apply, task: Task) -> LossFn:
-    """Makes the loss of a task, of batches as `Encoded.collate` makes them."""
-
-    def loss_fn(params: optax.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.key(jnp.sum(batch["noise"]))
-        outputs = apply(params, **{name: batch[name] for name in _INPUTS}, key=key)
-        losses = losses_of(task, outputs, batch["labels"])
-        return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
-
-    return loss_fn
+def make_loss(apply: Apply, task: Task) -> LossFn:
+    """Makes the loss of a task."""
+    return example_loss(apply, functools.partial(losses_of, task))
 
 
 def losses_of(task: Task, outputs: jax.Array, labels: jax.Array) -> jax.Array:
@@ -218,47 +180,6 @@ def losses_of(task: Task, outputs: jax.Array, labels: jax.Array) -> jax.Array:
     if task.classes:
         return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
     return jnp.square(outputs[:, 0] - labels)
-
-
-def make_predict(
-    apply: Apply, layout: Layout, batch_size: int
-) -> Callable[[optax.Params, Encoded], np.ndarray]:
-    """Compiles a function of parameters and examples that returns (N, C) outputs."""
-    compiled = jax.jit(
-        lambda params, inputs: apply(params, **inputs, key=None),
-        out_shardings=layout.whole,
-    )
-
-    def outputs(params: optax.Params, batch: Batch) -> jax.Array:
-        # Labels, which test batches lack, would make it another program.
-        inputs = {name: batch[name] for name in _INPUTS}
-        return compiled(params, layout.place(inputs))
-
-    def predict(params: optax.Params, encoded: Encoded) -> np.ndarray:
-        batches = evaluation_batches(encoded, batch_size, layout.share)
-        found = [(rows, outputs(params, batch)) for rows, batch in batches]
-        order = np.concatenate([rows for rows, _ in found])
-        kept = [np.asarray(some)[: len(rows)] for rows, some in found]
-        return np.concatenate(kept)[np.argsort(order)]
-
-    return predict
-
-
-def save_model(
-    params: optax.Params,
-    config: TrainingConfig,
-    shape: EncoderConfig,
-    labels: Labels,
-    source: Path,
-    folder: RunFolder,
-) -> None:
-    """Writes a fine-tuned encoder, without adapter, with its source's tokenizer."""
-    adapter = config.optimization.adapter
-    merged = lora.without_adapter(params, adapter, distributed.fetch)
-    if distributed.is_first():
-        save_encoder(folder.model, shape, merged, labels)
-        shutil.copy(source / "tokenizer.json", folder.model)
-        copy_tokenizer_settings(source, folder.model)
 
 
 def judge(

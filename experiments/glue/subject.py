@@ -11,10 +11,11 @@ from experiments.assembly import Parts, make_parts
 from experiments.configs.glue import GlueConfig
 from experiments.data.glue import TASKS
 from experiments.data.hub import model_folder
-from experiments.glue.job import encoder_config, example_loss, read_texts
+from experiments.encoders import encoder_config
+from experiments.glue.job import make_loss, read_texts
 from experiments.glue.presets import parse, preset
 from experiments.models.encoder import functional_encoder
-from experiments.study.records import Record
+from experiments.study.runs import Record
 from experiments.study.subject import Shared
 from experiments.training.record import compare
 from experiments.training.run import reporter
@@ -53,7 +54,7 @@ class Glue:
             task.outputs,
             config.optimization.adapter,
         )
-        loss = example_loss(apply, task)
+        loss = make_loss(apply, task)
         return make_parts(config, 1, init_params, loss, self.unit)
 
     def prepare(

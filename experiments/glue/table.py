@@ -19,7 +19,8 @@ from experiments.data.glue import TASKS
 from experiments.glue.subject import GLUE, best_scores, main_metric
 from experiments.glue.table_config import METHODS
 from experiments.study.plots import legend_of, looks
-from experiments.study.records import Record, Records
+from experiments.study.records import Records
+from experiments.study.runs import Record
 from experiments.training.report import megabytes
 
 PROGRAM = "python -m experiments.glue.table"

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from experiments.models import placement
+from ngalore_jax.sharding import spec_of
 
 Kind = Literal["lora", "low_rank"]
 Module = dict[str, jax.Array]  # the parameters of one adapted linear layer
@@ -178,7 +179,7 @@ def weight_change(module: Module, scale: float) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not mesh.are_all_axes_explicit:
         return scale * jnp.matmul(a, b, **exact)
-    *stacked, rows, columns = _spec(module.get("kernel", a))
+    *stacked, rows, columns = spec_of(module.get("kernel", a))
     if "kernel" not in module:
         columns = None  # A's other side is the rank
     a = jax.sharding.reshard(a, P(*stacked, rows, None))
@@ -234,9 +235,3 @@ def _merged(module: Module, scale: float) -> Module:
     kept = {k: x.sharding for k, x in module.items() if k not in factors}
     shardings = {"kernel": None} | kept
     return jax.jit(lambda module: merge(module, scale), out_shardings=shardings)(module)
-
-
-def _spec(x: jax.Array) -> P:
-    """Spec of an array under explicit axes, an entry for every axis."""
-    spec = jax.typeof(x).sharding.spec
-    return P(*spec, *(None,) * (x.ndim - len(spec)))

@@ -8,24 +8,11 @@ from typing import Any, get_args
 
 from experiments.configs.optimizer import OptimizerName
 from experiments.configs.run import TrainingConfig
+from experiments.study.runs import Run
 from experiments.study.subject import Subject
 
 # The study gives these to each run itself.
 _OWN = ("seed", "run-dir", "checkpoint-dir", "resume", "auto-resume", "overwrite")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training run of a study."""
-
-    arm: str
-    learning_rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Folder name, which says what the run is."""
-        return f"{self.arm}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.cores import visible_gpus
-from experiments.study.arms import Arm, Run
+from experiments.study.arms import Arm
 from experiments.study.harvest import RunError, delete_weights, harvest, log_of
 from experiments.study.processes import Processes
 from experiments.study.progress import StudyProgress
 from experiments.study.records import Records
+from experiments.study.runs import Run
 from experiments.study.subject import Shared, Subject
 from experiments.study.tuning import Budget, needed
 from experiments.training.signals import StopSignals

@@ -14,8 +14,8 @@ import jax
 from optax.transforms import PartitionState
 
 import ngalore_jax as ng
-from experiments.study.arms import Arm, Run
-from experiments.study.records import Record
+from experiments.study.arms import Arm
+from experiments.study.runs import Record, Run
 from experiments.study.subject import Shared, Subject
 from experiments.training.folder import RunFolder
 from experiments.training.metrics import read_metrics

@@ -12,7 +12,7 @@ from experiments.configs.pretrain import PretrainConfig
 from experiments.data.batches import Share
 from experiments.presets import parse, preset
 from experiments.pretrain import load_run_text
-from experiments.study.records import Record
+from experiments.study.runs import Record
 from experiments.study.subject import Shared
 from experiments.training.folder import RunFolder
 from experiments.training.record import compare

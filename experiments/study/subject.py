@@ -3,15 +3,13 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 
 from experiments.assembly import Parts
 from experiments.configs.run import TrainingConfig
-
-if TYPE_CHECKING:
-    from experiments.study.records import Record
+from experiments.study.runs import Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +79,10 @@ class Subject(Protocol):
         """Returns the names in a row with an evaluation that are worth keeping."""
         ...
 
-    def result(self, record: "Record") -> float:
+    def result(self, record: Record) -> float:
         """Returns what a run is worth: lower is better, infinite if it diverged."""
         ...
 
-    def shown(self, record: "Record") -> str:
+    def shown(self, record: Record) -> str:
         """Returns the same in words, of a run that did not diverge."""
         ...

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Self
 
-from experiments.study.records import Record, Records
+from experiments.study.records import Records
+from experiments.study.runs import Record
 
 
 @dataclasses.dataclass(frozen=True)

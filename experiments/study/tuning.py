@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from experiments.study.arms import Arm, Run
+from experiments.study.arms import Arm
+from experiments.study.runs import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -279,7 +279,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_row(name, written(name, found["scores"][name]), what)
     speed = found["tokens_per_second"]
     told = "not measured" if speed is None else f"{speed:,.0f}"
-    table.add_row("speed", told, "tokens a second, of a batch together")
+    table.add_row("speed", told, "tokens per second, of a batch together")
     console.print(table)
 
 

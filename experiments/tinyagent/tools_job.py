@@ -15,7 +15,12 @@ from experiments.data.example_batches import TrainingExamples, encode
 from experiments.data.glue import Examples
 from experiments.data.hub import model_folder
 from experiments.data.tokenizer import check_tokens, load_model_tokenizer
-from experiments.glue.job import Apply, encoder_config, make_predict, save_model
+from experiments.encoders import (
+    encoder_config,
+    example_loss,
+    make_predict,
+    save_model,
+)
 from experiments.models import huggingface
 from experiments.models.encoder import functional_encoder
 from experiments.models.encoder_checkpoint import Labels, load_encoder
@@ -24,7 +29,6 @@ from experiments.tinyagent.examples import load_training, tools_of
 from experiments.tinyagent.sandbox import TOOLS
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Plan
-from experiments.training.microbatches import Batch, LossFn
 from experiments.training.run import Job, Layout, reporter
 from experiments.training.step_log import Row
 
@@ -76,7 +80,11 @@ def prepare(
     }
     return Job(
         parts=make_parts(
-            config, plan.steps, init_params, tools_loss(apply), unit="examples"
+            config,
+            plan.steps,
+            init_params,
+            example_loss(apply, losses_of),
+            unit="examples",
         ),
         plan=plan,
         batches=batches,
@@ -106,19 +114,9 @@ def requests(examples: Sequence[Example]) -> Examples:
     return Examples([(one.request,) for one in examples], np.array(labels, np.float32))
 
 
-def tools_loss(apply: Apply) -> LossFn:
-    """Makes the loss: binary cross entropy of each tool, mean over them."""
-
-    def loss_fn(params: optax.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.key(jnp.sum(batch["noise"]))
-        outputs = apply(
-            params, batch["tokens"], batch["lengths"], batch["types"], key=key
-        )
-        losses = optax.sigmoid_binary_cross_entropy(outputs, batch["labels"])
-        weights = batch["weights"]
-        return jnp.sum(jnp.mean(losses, -1) * weights), jnp.sum(weights)
-
-    return loss_fn
+def losses_of(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the binary cross entropy of each tool, mean over them, (N,)."""
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(outputs, labels), -1)
 
 
 def judge(outputs: np.ndarray, labels: np.ndarray | None) -> Row:

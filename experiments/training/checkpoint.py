@@ -19,7 +19,7 @@ from experiments.errors import PassingError
 from experiments.training.distributed import gather, is_first
 from experiments.training.fingerprint import fingerprint, structure
 from experiments.training.folder import absolute
-from experiments.training.preservation import LowestRank
+from experiments.training.preservation import LowestObjective
 from experiments.training.quiet import quiet_checkpoints, settle
 from experiments.training.reader import DamagedError, Reader
 from experiments.training.record import compare, first_line, seal
@@ -81,7 +81,7 @@ class Checkpointer:
         self._identity = dict(identity)
         self._config = dict(config)
         self._report = report
-        self._best = LowestRank()
+        self._best = LowestObjective()
         newest = checkpoint_managers.LatestN(keep)
         try:
             self._manager = ocp.CheckpointManager(
@@ -101,7 +101,7 @@ class Checkpointer:
         self._reader = Reader(self.directory)
         self._stack = contextlib.ExitStack()
         self._stack.callback(self._reader.close)
-        self._read_ranks()
+        self._read_objectives()
 
     @property
     def latest_step(self) -> int | None:
@@ -200,7 +200,7 @@ class Checkpointer:
         step: int,
         state: TrainState,
         position: Mapping[str, Any],
-        rank: float | None = None,
+        objective: float | None = None,
     ) -> None:
         """Starts to save after `step` updates; a step that is saved stays as it is.
 
@@ -208,24 +208,24 @@ class Checkpointer:
             step: Updates done.
             state: State after them.
             position: This process' position in the data after them, as JSON.
-            rank: Of this step's evaluation, if there was one: lower is better.
+            objective: Of this step's evaluation, if there was one: lower is better.
 
         Raises:
             SaveError: This save could not start, or the one before has failed.
         """
         if step == self.latest_step:
             return
-        if rank is not None and not math.isfinite(rank):
-            rank = None  # of no use, and JSON has no word for it
+        if objective is not None and not math.isfinite(objective):
+            objective = None  # of no use, and JSON has no word for it
         record = {
             "identity": self._identity,
             "config": self._config,
             "positions": gather(position),
             "structure": structure(state),
             "fingerprint": fingerprint(state),
-            "rank": rank,
+            "rank": objective,  # its name in checkpoints that there are
         }
-        self._best.add(step, rank)
+        self._best.add(step, objective)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(seal(record))
         )
@@ -300,7 +300,7 @@ class Checkpointer:
             raise DamagedError("its arrays are not those that were saved")
         return restored, record
 
-    def _read_ranks(self) -> None:
+    def _read_objectives(self) -> None:
         for step in self._manager.all_steps():
             try:
                 record = self._reader.record(step)

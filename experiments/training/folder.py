@@ -51,7 +51,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON row a step."""
+        """One JSON row per step."""
         return self.path / "metrics.jsonl"
 
     @property

@@ -89,7 +89,7 @@ def train(
     checkpointer: Checkpointer,
     metrics: Writer,
     progress: Progress,
-    rank: Callable[[Row], float | None] = lambda row: row.get("validation_loss"),
+    objective: Callable[[Row], float | None] = lambda row: row.get("validation_loss"),
     unit: str = "tokens",
     earlier: Sequence[Row] = (),
     throughput: Callable[[float, float], Row] = lambda count, seconds: {},
@@ -111,7 +111,8 @@ def train(
         checkpointer: Where to save.
         metrics: Where each step's row goes.
         progress: What the user sees.
-        rank: Of the metrics of an evaluation, for its checkpoint: lower is better.
+        objective: Of the metrics of an evaluation, which its checkpoint is judged by:
+            lower is better.
         unit: Name that a step's metrics have for its sum of weights.
         earlier: Rows of the steps before, which loss spikes are judged by.
         throughput: What that sum and a step's seconds add to its row.
@@ -137,7 +138,7 @@ def train(
         throughput=throughput,
     )
     step, number, failed = int(state.step), 0, 0
-    ranked: float | None = None  # by the evaluation after the newest step
+    value: float | None = None  # by the evaluation after the newest step
     with StopSignals() as signals:
         ahead = ReadAhead(batches)
 
@@ -158,21 +159,21 @@ def train(
             step += 1
             log.add(step, values)
             checkpointer.check()
-            ranked = None
+            value = None
             if plan.evaluates_after(step):
                 log.fetch()  # so that the step's time is without the evaluation's
                 found = evaluate(state.params)
                 log.extend(found)
-                ranked = rank(found)
+                value = objective(found)
             if plan.saves_after(step):
                 # Known to be finite, and written, before the state is saved.
                 log.flush()
                 metrics.sync()
-                checkpointer.save(step, state, ahead.position, ranked)
+                checkpointer.save(step, state, ahead.position, value)
         log.flush()
         metrics.sync()
         # Does nothing where the loop has saved already.
-        checkpointer.save(step, state, ahead.position, ranked)
+        checkpointer.save(step, state, ahead.position, value)
         checkpointer.wait()
     if log.error is not None:
         raise log.error

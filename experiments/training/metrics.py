@@ -1,6 +1,6 @@
 """The one writer of metrics: metrics.jsonl, and mirrors of it for people to look at.
 
-metrics.jsonl is the run's record: one JSON object a step, written at once. Mirrors
+metrics.jsonl is the run's record: one JSON object per step, written at once. Mirrors
 (`experiments.training.mirrors`) are copies of it for TensorBoard and Weights & Biases;
 one that fails is reported and dropped, and the run goes on.
 """

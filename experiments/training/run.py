@@ -62,7 +62,8 @@ class Job:
         fingerprints: Of the data: a run goes on with the same ones only.
         data: What they are, for config.json.
         throughput: What a step's tokens (or `parts.unit`) and seconds add to its row.
-        rank: Of the metrics of an evaluation, for its checkpoint: lower is better.
+        objective: Of the metrics of an evaluation, which its checkpoint is judged by:
+            lower is better.
         pretrained: Returns parameters like the given ones with values to start from.
             None: training starts from initial ones.
         finish: Takes the best checkpoint's parameters when the run is at its end; not
@@ -76,7 +77,7 @@ class Job:
     fingerprints: Mapping[str, Any]
     data: Mapping[str, Any]
     throughput: Callable[[float, float], Row]
-    rank: Callable[[Row], float | None] = lambda row: row["validation_loss"]
+    objective: Callable[[Row], float | None] = lambda row: row["validation_loss"]
     pretrained: Callable[[optax.Params], optax.Params] | None = None
     finish: Callable[[optax.Params], None] | None = None
 
@@ -211,7 +212,7 @@ def _carry_out(
         batches=job.batches,
         place=layout.place,
         evaluate=job.evaluate,
-        rank=job.rank,
+        objective=job.objective,
         unit=job.parts.unit,
         plan=job.plan,
         checkpointer=checkpointer,

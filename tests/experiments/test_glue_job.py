@@ -19,15 +19,9 @@ from experiments.data.example_batches import Encoded
 from experiments.data.glue import TASKS
 from experiments.data.hub import model_folder
 from experiments.data.text_files import TextError
+from experiments.encoders import make_predict, save_model
 from experiments.glue import job
-from experiments.glue.job import (
-    example_loss,
-    labels_of,
-    losses_of,
-    make_predict,
-    read_texts,
-    save_model,
-)
+from experiments.glue.job import labels_of, losses_of, make_loss, read_texts
 from experiments.glue.presets import parse
 from experiments.glue.subject import GLUE
 from experiments.models.encoder import functional_encoder
@@ -69,7 +63,7 @@ ENCODED = Encoded(
 
 def test_noise_draws_the_dropout_of_training_and_padding_rows_do_not_count(encoder):
     params, apply = encoder
-    loss = jax.jit(example_loss(apply, TASKS["rte"]))
+    loss = jax.jit(make_loss(apply, TASKS["rte"]))
     batch = ENCODED.collate(np.arange(3), 4)
 
     def at(noise, **changed):

@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from experiments.study.arms import Run, parse_arms
+from experiments.study.arms import parse_arms
 from experiments.study.pretraining import PRETRAINING
-from experiments.study.records import Record, Records
+from experiments.study.records import Records
+from experiments.study.runs import Record, Run
 from experiments.study.subject import Shared
 
 FINGERPRINTS = {"text": "abc", "tokenizer": "def"}

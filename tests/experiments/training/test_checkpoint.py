@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.training import reader
 from experiments.training.checkpoint import Checkpointer, ResumeError, SaveError
 from experiments.training.mesh import make_mesh
-from experiments.training.preservation import LowestRank
+from experiments.training.preservation import LowestObjective
 from experiments.training.reader import Reader
 from experiments.training.state import TrainState, shardings_of
 from experiments.training.step import make_train_step
@@ -92,7 +92,7 @@ def test_the_best_checkpoint_is_found_again(tmp_path):
 
 
 def test_of_equal_ones_the_first_is_the_best():
-    ranks = LowestRank()
+    ranks = LowestObjective()
     for step in (78, 156, 234):  # which a set of them does not keep in order
         ranks.add(step, -0.5)
     assert ranks.best({78, 156, 234}) == 78

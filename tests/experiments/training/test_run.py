@@ -30,7 +30,7 @@ def job(evaluated, finish, plan):
         fingerprints={},
         data={"examples": 3},
         throughput=lambda count, seconds: {},
-        rank=lambda row: -row["validation_score"],
+        objective=lambda row: -row["validation_score"],
         pretrained=lambda params: {"w": params["w"] + 1},
         finish=finish,
     )
