@@ -20,6 +20,7 @@ from experiments.configs.optimizer import OptimizerConfig, Others, StorageDtype
 from experiments.models import lora
 from experiments.training import variants
 from experiments.training.relora import jagged, relora
+from ngalore_jax.matrices import work_dtype
 from ngalore_jax.precision import in_float32
 
 # A matrix is the last two axes; an axis in front of them counts layers.
@@ -147,7 +148,8 @@ def adamw_state_bytes(params: optax.Params) -> int:
     With adapters it is that of the model without: what they are to be compared with.
     """
     base = jax.eval_shape(functools.partial(lora.merge, scale=1.0), params)
-    return ng.state_bytes(jax.eval_shape(in_float32(optax.adamw(1e-3)).init, base))
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, work_dtype(x)), base)
+    return ng.state_bytes(jax.eval_shape(optax.adamw(1e-3).init, wide))
 
 
 def per_layer(
