@@ -200,7 +200,17 @@ def test_orthonormal_is_the_q_of_qr_with_a_positive_diagonal(condition):
 @pytest.mark.parametrize("name", PROJECTORS)
 @pytest.mark.parametrize("exponent", [-66, 66])
 def test_the_scale_of_the_gradient_does_not_matter(name, exponent):
-    """Times 1e-20 and 1e20, through ``low_rank``: bit for bit."""
+    """Times 1e-20 and 1e20: bit for bit."""
+    project = jax.jit(PROJECTORS[name])
+    g, scale = gradient(M, N), np.float32(2.0**exponent)
+    expected = project(g, start(), count(0))
+    chex.assert_trees_all_equal(project(scale * g, start(), count(0)), expected)
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("exponent", [-66, 50])
+def test_nor_does_it_through_low_rank(name, exponent):
+    """To 1e15, well below gradients whose squares overflow."""
     tx = ng.low_rank(optax.identity(), R, 1, projector=PROJECTORS[name])
     update = jax.jit(tx.update)
     g, scale = gradient(M, N), np.float32(2.0**exponent)
