@@ -34,7 +34,8 @@ def refresh_basis(
     matrix = gradient.astype(work_dtype(gradient))
     # A sum, since a maximum over devices need not pass on one device's NaN.
     size = jnp.sum(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    usable = (size < _largest(size.dtype)) & (size > 0)
+    largest = _largest(size.dtype) * math.sqrt(matrix.shape[-2] * matrix.shape[-1])
+    usable = (size < largest) & (size > 0)
     new = projector(matrix, basis, count)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
     new = jnp.where(usable, new, basis)
