@@ -12,7 +12,7 @@ import jax
 from rich.console import Console
 
 from experiments.configs.run import TrainingConfig
-from experiments.errors import may_pass
+from experiments.errors import may_pass, of_memory
 from experiments.training import distributed
 from experiments.training.folder import RunFolder
 from experiments.training.loop import Outcome
@@ -32,7 +32,7 @@ def explain_memory(error: jax.errors.JaxRuntimeError, remedy: str) -> int:
     Raises:
         JaxRuntimeError: The one given, if it is another.
     """
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not of_memory(error):
         raise error
     print(
         f"error: the devices' memory is too small ({first_line(error)}). Try {remedy}.",

@@ -53,6 +53,7 @@ def prepare(
             config.optimization.adapter,
         ),
         finish=make_finish(config, folder, text),
+        may_diverge=True,
     )
 
 
@@ -60,10 +61,11 @@ def make_finish(
     config: PretrainConfig, folder: RunFolder, text: Text
 ) -> Callable[[optax.Params], None]:
     """Returns a function that saves a model and its tokenizer as transformers does."""
-    # Of what a document in training has before it and behind it, and how long it gets.
+    end = text.tokenizer.eos_id
     facts = {
-        "bos_token_id": text.tokenizer.eos_id,
-        "eos_token_id": text.tokenizer.eos_id,
+        # Where documents are joined, each has the end of another before it.
+        "bos_token_id": end if config.text.treatment == "joined" else None,
+        "eos_token_id": end,
         "max_position_embeddings": config.text.sequence_length,
     }
 
@@ -139,8 +141,9 @@ def make_report(
         "steps skipped": str(sum(row["skipped"] for row in rows)),
         "loss spikes": str(sum("spike" in row for row in rows)),
         "checkpoint": str(folder.checkpoints / str(last["step"])),
-        "model": f"{folder.model} (of the best evaluation)",
     }
+    if folder.model.exists():
+        facts["model"] = f"{folder.model} (of the best checkpoint)"
     other = "adamw" if name != "adamw" else "natural_galore"
     program = COMMAND.program
     here = f"{program} --preset {config.preset}"

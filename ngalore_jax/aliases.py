@@ -331,7 +331,7 @@ def _optimizer(
         accumulation_steps=accumulation_steps,
         **settings,
     )
-    # As in low_rank: a NaN or an Inf in a leaf's gradient makes it a zero gradient.
+    # As in low_rank: a gradient that is not finite, or huge, counts as zero.
     guard = optax.stateless(lambda updates, _: jax.tree.map(finite_or_zero, updates))
     full_rank = optax.chain(
         in_float32(full_rank), optax.scale_by_learning_rate(rates["full_rank"])

@@ -74,8 +74,8 @@ def low_rank(
     gradient. Leaves that are not projected reach ``inner`` as they are and leave it
     unscaled.
 
-    A matrix whose gradient holds a NaN, an Inf or numbers whose squares would add up to
-    about one (norms above some 1e17 in float32) counts as having a zero gradient in
+    A matrix whose gradient holds a NaN or an Inf, or is so large that squares might
+    overflow (a norm above some 1e17 in float32), counts as having a zero gradient in
     that step: it is not refreshed, ``inner`` sees zeros, and its update is what
     ``inner`` makes of zeros (with Adam, the momentum's next step). A zero gradient at
     a refresh likewise keeps the old basis. Other matrices are unaffected, also those

@@ -29,13 +29,13 @@ def refresh_basis(
 
     Returns:
       The basis, the rotation ``P_new^T P_old`` ``(..., r, r)``, and whether the basis
-      is new, ``(..., 1, 1)``: a matrix whose gradient is zero or not finite keeps it.
+      is new, ``(..., 1, 1)``: a matrix whose gradient is zero, not finite or as large
+      as in :func:`finite_or_zero` keeps it.
     """
     matrix = gradient.astype(work_dtype(gradient))
     # A sum, since a maximum over devices need not pass on one device's NaN.
     size = jnp.sum(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    largest = _largest(size.dtype) * math.sqrt(matrix.shape[-2] * matrix.shape[-1])
-    usable = (size < largest) & (size > 0)
+    usable = (size < _largest(size.dtype)) & (size > 0)
     new = projector(matrix, basis, count)
     usable &= jnp.all(jnp.isfinite(new), axis=(-2, -1), keepdims=True)
     new = jnp.where(usable, new, basis)
@@ -144,7 +144,7 @@ def next_momentum(
 
 
 def finite_or_zero(gradient: jax.Array) -> jax.Array:
-    """The gradient, or zeros if an entry is a NaN, an Inf or squares to about one."""
+    """The gradient, or zeros if it is not finite or its squares might overflow."""
     return jnp.where(_usable(gradient), gradient, 0)
 
 

@@ -9,6 +9,7 @@ KINDS = (
     "all-gather",
     "all-reduce",
     "all-to-all",
+    "collective-broadcast",
     "collective-permute",
     "reduce-scatter",
 )

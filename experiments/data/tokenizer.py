@@ -15,6 +15,7 @@ import tokenizers
 
 from experiments.data.corpus import fingerprint_texts
 from experiments.data.text_files import TextError
+from experiments.files import replace_text
 
 EOS = "<|endoftext|>"
 """End-of-document token of the tokenizers trained here; its id is 0."""
@@ -213,8 +214,14 @@ class _HuggingFaceTokenizer:
         return self._tokenizer.decode(list(ids))
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json``."""
+        """Write ``tokenizer.json``, and what transformers has to know of it."""
         (folder / "tokenizer.json").write_bytes(self._data)
+        settings = {
+            # That of a Llama would put a token of its own before each text.
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self._tokenizer.id_to_token(self.eos_id),
+        }
+        replace_text(folder / TOKENIZER_SETTINGS[0], json.dumps(settings, indent=2))
 
 
 class _SentencePieceTokenizer:

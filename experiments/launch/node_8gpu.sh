@@ -6,7 +6,7 @@
 # Run it from the repository. Started again, it goes on where it stopped. Ctrl-C and
 # SIGTERM save first. What kills the process (memory, SIGKILL) or may pass (a driver
 # error, the network: exit code 75) is started again here; what is wrong with the run (1
-# or 2) is not.
+# or 2) is not, nor what ends soon again and again.
 set -uo pipefail
 
 # JAX takes 75 % of each GPU's memory otherwise.
@@ -31,7 +31,9 @@ ended() {
   done
 }
 
+crashes=0
 while true; do
+  SECONDS=0
   uv run --with 'jax[cuda12]' python -m experiments.pretrain \
     --preset llama_350m --data c4 --workers 8 \
     --mesh.fsdp 8 --model.dtype bfloat16 \
@@ -44,6 +46,9 @@ while true; do
     130 | 143) exit $code ;;     # somebody stopped it; the run is saved
   esac
   $stopping && exit $code
+  if [ "$SECONDS" -gt 600 ]; then crashes=0; fi
+  crashes=$((crashes + 1))
+  if [ "$crashes" -gt 20 ]; then exit "$code"; fi
   echo "ended with code $code; starting again in 30 s" >&2
   sleep 30 &
   pid=$!

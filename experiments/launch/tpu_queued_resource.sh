@@ -11,6 +11,7 @@
 # survive the machines. A spot slice that is preempted is shut down: SIGTERM and about
 # half a minute, in which the run saves if it can; if not, the newest checkpoint is good.
 # The run does not hang on this script's connection: it may be stopped and started again.
+# The run's folder is brought there, too: at the end with the model, 27 GB.
 # All slices of a run have the code of COMMIT and, by a lock file in the bucket, the same
 # packages.
 set -euo pipefail
@@ -33,8 +34,11 @@ export PATH=\$HOME/.local/bin:\$PATH
 export JAX_COMPILATION_CACHE_DIR=$RUN/jax-cache
 command -v uv || pip install --user uv
 test -d ngalore-jax || git clone $REPOSITORY ngalore-jax
-cd ngalore-jax
-git checkout --quiet $COMMIT || exit 1
+cd ngalore-jax && git fetch --quiet && git checkout --quiet $COMMIT || {
+  echo \"$REPOSITORY has no commit $COMMIT, or cannot be read\" >&2
+  echo 1 | gcloud storage cp - $RUN/exit-code
+  exit 1
+}
 gcloud storage cp $RUN/uv.lock uv.lock || {
   uv lock && gcloud storage cp --no-clobber uv.lock $RUN/uv.lock
   gcloud storage cp $RUN/uv.lock uv.lock
@@ -49,7 +53,9 @@ if [ \"\$worker\" = 0 ]; then
   while sleep 300; do keep; done > /tmp/keep.log 2>&1 &
   keeper=\$!
 fi
+crashes=0
 while true; do
+  SECONDS=0
   uv run --group tpu python -m experiments.pretrain \
     --preset llama_7b --data c4 --streams 64 \
     --mesh.fsdp 64 --mesh.distributed \
@@ -57,8 +63,12 @@ while true; do
     --run-dir runs/llama_7b --auto-resume \
     --checkpoint-dir gs://$BUCKET/llama_7b/checkpoints
   code=\$?
-  # Anything else is a crash, of this host or another: all of them start again.
+  # Anything else is a crash, of this host or another, or may pass (75): all of them start
+  # again, but not for good where each ends soon.
   case \$code in 0 | 1 | 2 | 130 | 143) break ;; esac
+  if [ \$SECONDS -gt 600 ]; then crashes=0; fi
+  crashes=\$((crashes + 1))
+  if [ \$crashes -gt 20 ]; then break; fi
   sleep 30
 done
 if [ \"\$worker\" = 0 ]; then

@@ -30,7 +30,7 @@ class Processes:
         Args:
             module: The command's name, as of `python -m`.
             gpus: As of `visible_gpus`. Each run is shown one of them, on which there
-                are fewest. None: all that this process is shown.
+                are fewest. Empty: all that this process is shown.
         """
         self._module = module
         self._runs_on = dict.fromkeys(gpus, 0)

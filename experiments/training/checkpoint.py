@@ -178,7 +178,7 @@ class Checkpointer:
             state: Has its shapes and shardings; its arrays are given up first.
 
         Raises:
-            ResumeError: There is none that was ranked and can be read.
+            ResumeError: There is none that was evaluated and can be read.
         """
         abstract = give_up(state)
         steps = set(self._manager.all_steps())

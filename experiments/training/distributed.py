@@ -91,8 +91,8 @@ def agreed() -> Iterator[None]:
     Without it the others would wait for that process until the cluster times out.
 
     Raises:
-        OtherProcessError: Here all went well, elsewhere it did not; one that may pass
-            if all that failed may.
+        OtherProcessError: Here all went well, or what went wrong may pass, elsewhere it
+            did not; one that may pass if all that failed may.
     """
     error = None
     try:
@@ -101,14 +101,15 @@ def agreed() -> Iterator[None]:
     except Exception as caught:
         error = caught
     words = gather(None if error is None else (str(error), may_pass(error)))
-    if error is not None:
-        raise error
     failed = {i: word for i, word in enumerate(words) if word is not None}
+    passing = all(passing for _, passing in failed.values())
+    # What lasts elsewhere goes before what may pass here.
+    if error is not None and (passing or not may_pass(error)):
+        raise error
     if failed:
-        passing = all(passing for _, passing in failed.values())
         raise (OtherProcessPassingError if passing else OtherProcessError)(
             "; ".join(f"process {i}: {message}" for i, (message, _) in failed.items())
-        )
+        ) from error
 
 
 class BatchPlacement:

@@ -17,6 +17,7 @@ from experiments.training.checkpoint import Checkpointer
 from experiments.training.distributed import (
     OtherProcessError,
     OtherProcessPassingError,
+    agreed,
 )
 from experiments.training.read_ahead import ReadAhead, Source
 from experiments.training.signals import StopSignals
@@ -167,19 +168,24 @@ def train(
                 value = objective(found)
             if plan.saves_after(step):
                 # Known to be finite, and written, before the state is saved.
-                log.flush()
-                metrics.sync()
+                with agreed():
+                    log.flush()
+                    metrics.sync()
                 checkpointer.save(step, state, ahead.position, value)
-        log.flush()
-        metrics.sync()
+        with agreed():
+            log.flush()
+            metrics.sync()
         # Does nothing where the loop has saved already.
         checkpointer.save(step, state, ahead.position, value)
         checkpointer.wait()
     if log.error is not None:
         raise log.error
     if failed and not number:
-        other = OtherProcessPassingError if failed == _MAY_PASS else OtherProcessError
-        raise ahead.error or other(
+        passing = failed == _MAY_PASS
+        # What lasts elsewhere goes before what may pass here.
+        if ahead.error is not None and (passing or not may_pass(ahead.error)):
+            raise ahead.error
+        raise (OtherProcessPassingError if passing else OtherProcessError)(
             f"another process cannot read its next batch; step {step} is saved."
-        )
+        ) from ahead.error
     return Outcome(state, plan.steps, signal.Signals(number) if number else None)

@@ -66,8 +66,9 @@ class Job:
             lower is better.
         pretrained: Returns parameters like the given ones with values to start from.
             None: training starts from initial ones.
-        finish: Takes the best checkpoint's parameters when the run is at its end; not
-            called if no evaluation was finite.
+        finish: Takes the best checkpoint's parameters when the run is at its end.
+        may_diverge: Whether a run of which no evaluation was finite is a result as
+            well, which ends without `finish`.
     """
 
     parts: Parts
@@ -80,6 +81,7 @@ class Job:
     objective: Callable[[Row], float | None] = lambda row: row["validation_loss"]
     pretrained: Callable[[optax.Params], optax.Params] | None = None
     finish: Callable[[optax.Params], None] | None = None
+    may_diverge: bool = False
 
 
 def run(
@@ -227,10 +229,11 @@ def _carry_out(
     )
     if outcome.stopped_by is not None or job.finish is None:
         return outcome
-    if not checkpointer.has_best:
-        report("No evaluation was finite: there is no best model to go on with.")
-    else:
-        last = abstract_like(outcome.state)
-        job.finish(checkpointer.best(outcome.state).params)
-        outcome = dataclasses.replace(outcome, state=last)
-    return outcome
+    if job.may_diverge and not checkpointer.has_best:
+        report("No evaluation was finite: there is no model to save.")
+        return outcome
+    last = abstract_like(outcome.state)
+    best = checkpointer.best(outcome.state)
+    with distributed.agreed():  # so that none leaves while the first one writes
+        job.finish(best.params)
+    return dataclasses.replace(outcome, state=last)

@@ -90,6 +90,7 @@ def test_a_run_leaves_all_that_explains_it(straight, texts):
         "history 0.01 MB",
         "AdamW",
         f"{straight}/checkpoints/{STEPS}",
+        f"{straight}/model",
         "--optimizer adamw",
         f"--data '{texts}/*.txt'",
     ):
@@ -105,6 +106,9 @@ def test_the_model_of_the_best_evaluation_is_saved_as_transformers_has_it(straig
     assert (facts["bos_token_id"], facts["max_position_embeddings"]) == (0, 16)
     tokenizer = (straight / "tokenizer.json").read_bytes()
     assert (saved / "tokenizer.json").read_bytes() == tokenizer
+    settings = json.loads((saved / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "<|endoftext|>"
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     init_params, _ = functional_llama(config)
     params = load_llama(saved, config, jax.eval_shape(init_params, jax.random.key(0)))
     there = load(straight, STEPS)  # the only checkpoint
@@ -123,7 +127,8 @@ def test_a_run_that_was_never_finite_ends_without_a_model(
     assert main(arguments(texts, tmp_path)) == 0
     assert not (tmp_path / "model").exists()
     assert "No evaluation was finite" in capsys.readouterr().out
-    assert "nan" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "nan" in report and "/model" not in report
 
 
 def test_a_folder_is_one_runs_at_a_time(straight, texts, capsys):
@@ -263,6 +268,13 @@ def test_devices_that_are_too_small_are_told_in_a_line(fail, tmp_path, capsys):
     assert main(["--run-dir", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "9 bytes" in line and "--microbatches" in line
+    fail(jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: no room"))
+    assert main(["--run-dir", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no room" in line and "--microbatches" in line
+    fail(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: something else"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        main(["--run-dir", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

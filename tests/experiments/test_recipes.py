@@ -37,7 +37,9 @@ GIT = """
 case "$1" in
   rev-parse) echo abc ;;
   clone) mkdir "$3" ;;
-  checkout) echo "$3" > "$STAND_IN/commit" ;;
+  checkout)
+    test ! -e "$STAND_IN/no-commit" || exit 1
+    echo "$3" > "$STAND_IN/commit" ;;
 esac
 """
 
@@ -124,6 +126,27 @@ def test_a_tpu_slice_runs_once_and_goes_back_at_the_end(machine, start):
     assert kept.read_text() == "versions\n"
     assert "ended with exit code 0" in (machine / "out").read_text()
     assert not (machine / "state").exists()
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="flock is Linux's, as TPUs are")
+def test_a_tpu_slice_without_the_code_goes_back(machine, start):
+    command(machine, "gcloud", GCLOUD)
+    command(machine, "git", GIT)
+    command(machine, "uv", 'echo >> "$STAND_IN/runs"')
+    (machine / "no-commit").touch()
+    (machine / "bucket" / "b" / "llama_7b").mkdir(parents=True)
+    cloud = {"PROJECT": "p", "ZONE": "z", "BUCKET": "b", "REPOSITORY": "https://r"}
+    script = start("tpu_queued_resource.sh", **cloud)
+    assert script.wait(timeout=30) == 1, (machine / "out").read_text()
+    assert lines(machine / "runs") == 0
+    assert not (machine / "state").exists()
+    assert "https://r has no commit abc" in (machine / "home" / "run.log").read_text()
+
+
+def test_a_node_of_gpus_gives_up_what_ends_soon_again_and_again(machine, start):
+    command(machine, "uv", 'echo >> "$STAND_IN/runs"\nexit 75')
+    assert start("node_8gpu.sh").wait(timeout=60) == 75
+    assert lines(machine / "runs") == 21
 
 
 def test_a_node_of_gpus_starts_again_after_a_crash_and_passes_sigterm_on(

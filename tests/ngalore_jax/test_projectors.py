@@ -208,9 +208,9 @@ def test_the_scale_of_the_gradient_does_not_matter(name, exponent):
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
-@pytest.mark.parametrize("exponent", [-66, 50])
+@pytest.mark.parametrize("exponent", [-66, 40])
 def test_nor_does_it_through_low_rank(name, exponent):
-    """To 1e15, well below gradients whose squares overflow."""
+    """To 1e12, well below gradients whose squares overflow."""
     tx = ng.low_rank(optax.identity(), R, 1, projector=PROJECTORS[name])
     update = jax.jit(tx.update)
     g, scale = gradient(M, N), np.float32(2.0**exponent)

@@ -92,10 +92,10 @@ def test_the_best_checkpoint_is_found_again(tmp_path):
 
 
 def test_of_equal_ones_the_first_is_the_best():
-    ranks = LowestObjective()
+    lowest = LowestObjective()
     for step in (78, 156, 234):  # which a set of them does not keep in order
-        ranks.add(step, -0.5)
-    assert ranks.best({78, 156, 234}) == 78
+        lowest.add(step, -0.5)
+    assert lowest.best({78, 156, 234}) == 78
 
 
 def test_a_state_that_is_restored_takes_the_place_of_the_one_before(tmp_path):

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests.experiments.cluster import free_port
+from tests.experiments.training.small_run import initial_params
 from tests.xla_flags import COMPILE_FAST
 
 ROOT = Path(__file__).parents[3]
@@ -55,6 +57,19 @@ def test_a_batch_that_one_process_cannot_read_ends_both_with_the_state_saved(fou
     assert found[1]["error"].startswith(other)
     for one in found:
         assert one["after error"] == found[0]["straight"]
+
+
+def test_the_first_process_gets_the_whole_of_a_split_array(found):
+    assert found[1]["fetched"] is None
+    whole = initial_params(jax.random.key(0))["w"]
+    assert found[0]["fetched"] == whole.tolist()
+
+
+def test_what_lasts_in_one_process_goes_before_what_may_pass_in_another(found):
+    assert found[0]["lasting"].startswith(
+        "OtherProcessError: process 0: 503; process 1"
+    )
+    assert found[1]["lasting"] == "ValueError: a bad line"
 
 
 def test_a_checkpoint_that_one_process_cannot_read_is_used_by_none(found):

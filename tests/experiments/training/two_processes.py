@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.data.hub import UnreachableError
+from experiments.training.distributed import agreed, fetch
 from experiments.training.fingerprint import fingerprint
 from experiments.training.loop import Outcome, Plan, train
 from experiments.training.mesh import make_mesh
@@ -137,6 +138,15 @@ def main(index: int, folder: Path) -> dict:
         lines: list[str] = []
         found["damaged"] = describe(two.run("damaged", report=lines.append))
         found["lines"] = lines
+        # An array of which neither has all.
+        whole = fetch(two.initial_state().params["w"])
+        found["fetched"] = None if whole is None else whole.tolist()
+        # Here it may pass, elsewhere it does not.
+        try:
+            with agreed():
+                raise UnreachableError("503") if first else ValueError("a bad line")
+        except ValueError as error:
+            found["lasting"] = f"{type(error).__name__}: {error}"
     return found
 
 
