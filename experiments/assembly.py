@@ -5,7 +5,7 @@ one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from experiments.configs.pretrain import PretrainConfig
 from experiments.configs.run import TrainingConfig
 from experiments.models.functional import functional_llama
+from experiments.models.lora import without_adapter
+from experiments.training.distributed import fetch
 from experiments.training.mesh import make_mesh
 from experiments.training.microbatches import Batch, LossFn
 from experiments.training.optimizer import (
@@ -40,6 +42,14 @@ def parts_of(config: PretrainConfig) -> Parts:
     """Returns what a config pretrains."""
     init_params, apply = functional_llama(config.model, config.optimization.adapter)
     return make_parts(config, config.run.steps, init_params, next_token_loss(apply))
+
+
+def fetch_merged(params: optax.Params, config: TrainingConfig) -> Any:
+    """Returns parameters on the first process's host, a run's adapter folded in.
+
+    All processes call it; elsewhere the leaves are None.
+    """
+    return without_adapter(params, config.optimization.adapter, fetch)
 
 
 def make_parts(

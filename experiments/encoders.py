@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.assembly import fetch_merged
+from experiments.configs.finetuning import check_positions
 from experiments.configs.glue import EncoderModelConfig
 from experiments.configs.run import MeshConfig, TrainingConfig
 from experiments.data.example_batches import Encoded, evaluation_batches
 from experiments.data.tokenizer import copy_tokenizer_settings
-from experiments.models import lora
 from experiments.models.encoder_checkpoint import (
     Labels,
     read_encoder_config,
@@ -47,11 +48,7 @@ def encoder_config(
         dtype=wanted.dtype,
         remat=wanted.remat,
     )
-    if max_length > shape.max_length:
-        raise ValueError(
-            f"--max-length {max_length} is more than the "
-            f"{shape.max_length} positions of {wanted.name}: give at most that."
-        )
+    check_positions(max_length, shape.max_length, wanted.name)
     if shape.num_heads % mesh.tensor:
         raise ValueError(
             f"--mesh.tensor {mesh.tensor} must divide the {shape.num_heads} "
@@ -112,8 +109,7 @@ def save_model(
     folder: RunFolder,
 ) -> None:
     """Writes a fine-tuned encoder, without adapter, with its source's tokenizer."""
-    adapter = config.optimization.adapter
-    merged = lora.without_adapter(params, adapter, distributed.fetch)
+    merged = fetch_merged(params, config)
     if distributed.is_first():
         save_encoder(folder.model, shape, merged, labels)
         shutil.copy(source / "tokenizer.json", folder.model)

@@ -14,13 +14,12 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from experiments.assembly import parts_of
+from experiments.assembly import fetch_merged, parts_of
 from experiments.command import Command
 from experiments.configs.pretrain import PretrainConfig
 from experiments.data.batches import Share
 from experiments.data.text import Text, load_text
 from experiments.models.llama_checkpoint import save_llama
-from experiments.models.lora import without_adapter
 from experiments.presets import parse
 from experiments.training import distributed
 from experiments.training.folder import RunFolder
@@ -70,8 +69,7 @@ def make_finish(
     }
 
     def finish(params: optax.Params) -> None:
-        adapter = config.optimization.adapter
-        merged = without_adapter(params, adapter, distributed.fetch)
+        merged = fetch_merged(params, config)
         if distributed.is_first():
             save_llama(folder.model, config.model, merged, facts)
             text.tokenizer.save(folder.model)

@@ -121,9 +121,8 @@ def fira(
 
     with :math:`\phi` as in :func:`compensation`. A column without gradient in the
     subspace gets none outside. With the natural gradient inside, :math:`R` is what came
-    before it. Departure from the paper: an
-    :math:`R_{:j}` below 1e-3 of the column's norm counts as that, so that Adam's answer
-    to rounding is not amplified.
+    before it. Departure from the paper: an :math:`R_{:j}` below 1e-3 of the column's
+    norm counts as that, so that Adam's answer to rounding is not amplified.
 
     Args:
       weight: :math:`c`, at least 0. The paper uses 1.

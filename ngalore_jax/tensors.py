@@ -11,11 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from ngalore_jax.matrices import (
-    default_dimension_numbers,
-    leaves_with,
-    without_masks,
-)
+from ngalore_jax.matrices import default_dimension_numbers, leaves_with, without_masks
 
 WeightModeAxes = optax.Params | Callable[[optax.Params], optax.Params]
 

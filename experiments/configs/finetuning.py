@@ -73,3 +73,16 @@ class FineTuningConfig(TrainingConfig):
         config = super().identity() | {"epochs": self.run.epochs}
         del config["data"]["data"], config["model"]["name"]
         return config
+
+
+def check_positions(max_length: int, positions: int | None, model: str) -> None:
+    """Refuses examples of more tokens than a model has positions; None: any number.
+
+    Raises:
+        ValueError: They may be.
+    """
+    if positions is not None and max_length > positions:
+        raise ValueError(
+            f"--max-length {max_length} is more than the {positions} positions of "
+            f"{model}: give at most that."
+        )

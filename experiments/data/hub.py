@@ -31,8 +31,8 @@ _PATIENCE = 60.0
 # Seconds between two tries, doubled from one to the next.
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 # No pickle, and no code.
-_MODEL_FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.index.json"]
-_MODEL_FILES += TOKENIZER_SETTINGS
+_WEIGHTS = ("*.safetensors", "*.index.json")
+_MODEL_FILES = ("config.json", "tokenizer.json", *TOKENIZER_SETTINGS, *_WEIGHTS)
 # Answers of a server that may be another one a little later.
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 

@@ -264,16 +264,14 @@ def _find_shards(settings: TextConfig) -> tuple[list[Shard], str]:
             "Streamed files need text of their own to evaluate on: give "
             "--validation-data, globs of text."
         )
-    train, held_out = (
-        {path.resolve() for path in find_files(globs)}
-        for globs in (settings.data, settings.validation_data)
-    )
-    if shared := train & held_out:
+    shards = local_shards(settings.data)
+    held_out = {str(path.resolve()) for path in find_files(settings.validation_data)}
+    if shared := held_out & {shard.url for shard in shards}:
         raise ValueError(
             f"--data and --validation-data both take {min(shared)}: a run would be "
             "evaluated on text that it trains on. Give globs that do not overlap."
         )
-    return local_shards(settings.data), ", ".join(settings.data)
+    return shards, ", ".join(settings.data)
 
 
 def _check_streams(streams: int, shards: int, batch_size: int) -> None:

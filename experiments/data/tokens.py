@@ -56,11 +56,9 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Tokens:
     """
     if not texts:
         raise ValueError("texts is empty: there is nothing to tokenize.")
-    documents: list[np.ndarray] = []
-    for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
-        batch = texts[start : start + _DOCUMENTS_AT_ONCE]
-        documents += encode_documents(batch, tokenizer)
-    return join(documents, [len(text.encode()) for text in texts], tokenizer)
+    pairs = encode_sized(texts, tokenizer, _DOCUMENTS_AT_ONCE)
+    documents, sizes = zip(*pairs, strict=True)
+    return join(documents, sizes, tokenizer)
 
 
 def encode_documents(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -71,11 +69,11 @@ def encode_documents(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndar
 
 
 def encode_sized(
-    texts: Iterable[str], tokenizer: Tokenizer
+    texts: Iterable[str], tokenizer: Tokenizer, at_once: int = _FEW_AT_ONCE
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the elements of each text and its UTF-8 bytes, made as they are needed."""
     texts = iter(texts)
-    while batch := list(islice(texts, _FEW_AT_ONCE)):
+    while batch := list(islice(texts, at_once)):
         sizes = (len(text.encode()) for text in batch)
         yield from zip(encode_documents(batch, tokenizer), sizes, strict=True)
 

@@ -14,17 +14,10 @@ from rich.console import Console
 from experiments.assembly import make_parts
 from experiments.configs.glue import GlueConfig
 from experiments.data import glue
-from experiments.data.example_batches import (
-    Encoded,
-    TrainingExamples,
-    encode,
-)
+from experiments.data.example_batches import Encoded, TrainingExamples, encode
 from experiments.data.glue import Split, Task, TaskName
 from experiments.data.hub import model_folder
-from experiments.data.tokenizer import (
-    check_tokens,
-    load_model_tokenizer,
-)
+from experiments.data.tokenizer import check_tokens, load_model_tokenizer
 from experiments.encoders import (
     Apply,
     encoder_config,
@@ -34,10 +27,7 @@ from experiments.encoders import (
 )
 from experiments.models import huggingface
 from experiments.models.encoder import functional_encoder
-from experiments.models.encoder_checkpoint import (
-    Labels,
-    load_encoder,
-)
+from experiments.models.encoder_checkpoint import Labels, load_encoder
 from experiments.models.encoder_config import EncoderConfig
 from experiments.training import distributed
 from experiments.training.folder import RunFolder

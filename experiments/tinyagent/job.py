@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 import optax
 from rich.console import Console
 
-from experiments.assembly import make_parts
+from experiments.assembly import fetch_merged, make_parts
+from experiments.configs.finetuning import check_positions
 from experiments.configs.run import MeshConfig
 from experiments.configs.tinyagent import PlannerModelConfig, TinyAgentConfig
 from experiments.data.answers import Answered, encode_answers
 from experiments.data.example_batches import TrainingExamples, evaluation_batches
 from experiments.data.text_files import TextError
 from experiments.data.tokenizer import check_tokens, copy_tokenizer_settings
-from experiments.models import lora
 from experiments.models.formats import Remat
 from experiments.models.functional import functional_llama
 from experiments.models.llama_checkpoint import save_llama
@@ -38,7 +38,7 @@ def prepare(
     report = reporter(console)
     with console.status("Reading model and examples", spinner="line"):
         source = open_llama(config.model.name, report)
-        check_length(config.data.max_length, config.model, source)
+        check_positions(config.data.max_length, source.positions, config.model.name)
         shape = llama_config(config.model, config.mesh, source, config.model.remat)
         examples = load_training(config.data, report)
         train, long = tokenize(examples.train, source, config, report)
@@ -58,8 +58,7 @@ def prepare(
         return {"validation_loss": mean_loss(params, (batch for _, batch in found))}
 
     def finish(params: optax.Params) -> None:
-        adapter = config.optimization.adapter
-        merged = lora.without_adapter(params, adapter, distributed.fetch)
+        merged = fetch_merged(params, config)
         if distributed.is_first():
             save_llama(folder.model, shape, merged, source.facts)
             source.tokenizer.save(str(folder.model / "tokenizer.json"))
@@ -116,21 +115,6 @@ def llama_config(
             f"keys and values of {wanted.name}."
         )
     return shape
-
-
-def check_length(
-    max_length: int, wanted: PlannerModelConfig, source: LlamaSource
-) -> None:
-    """Refuses examples of more tokens than a model has positions.
-
-    Raises:
-        ValueError: They may be.
-    """
-    if source.positions is not None and max_length > source.positions:
-        raise ValueError(
-            f"--max-length {max_length} is more than the {source.positions} positions "
-            f"of {wanted.name}: give at most that."
-        )
 
 
 def tokenize(
